@@ -1,0 +1,3 @@
+"Data sets, samplers and loaders."
+
+from dml_nb.data.datasets import list_datasets, load_dataset
