@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'CUB_COUNTS', 'LOADERS', 'PLANNED', 'data_root', 'cache_root', 'ImageSet', 'RetrievalData', 'find_corrupt',
            'cached_corrupt', 'load_folder', 'load_cub', 'load_glyphs', 'list_datasets', 'load_dataset']
 
-# %% ../../nbs/11_data.datasets.ipynb #0eedef4a
+# %% ../../nbs/11_data.datasets.ipynb #24fb52a1
 import copy
 import json
 import os
@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .glyphs import glyph_split, render_glyphs
+from ..files import write_atomically
 from ..similarity import unknown
 
 # %% ../../nbs/11_data.datasets.ipynb #3237bb4e
@@ -144,7 +144,7 @@ def find_corrupt(
     with ThreadPoolExecutor() as pool: reasons = list(pool.map(_decode, paths))
     return {i: reason for i, reason in enumerate(reasons) if reason}
 
-# %% ../../nbs/11_data.datasets.ipynb #21437b37
+# %% ../../nbs/11_data.datasets.ipynb #c00f2419
 def cached_corrupt(
     paths:list # image files
 ) -> dict: # position -> reason, as `find_corrupt`
@@ -153,10 +153,7 @@ def cached_corrupt(
     verdict = cache_root()/"checked"/f"{sha256(json.dumps(stats).encode()).hexdigest()[:32]}.json"
     try: return {int(i): reason for i, reason in json.loads(verdict.read_text()).items()}
     except (OSError, ValueError): corrupt = find_corrupt(paths)
-    try:
-        verdict.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=verdict.parent, delete=False) as f: json.dump(corrupt, f)
-        os.replace(f.name, verdict)
+    try: write_atomically(verdict, lambda part: part.write_text(json.dumps(corrupt)))
     except OSError: pass # a cache that cannot be written is only slow
     return corrupt
 
@@ -244,7 +241,7 @@ def list_datasets() -> list[str]: # names for `load_dataset`
     "The data sets that have a name."
     return list(LOADERS)
 
-# %% ../../nbs/11_data.datasets.ipynb #ea6aecd9
+# %% ../../nbs/11_data.datasets.ipynb #71059332
 def load_dataset(
     name, # one of `list_datasets`, or the path of a folder of class folders
     root=None, # folder that holds the named data sets; None: `data_root`
@@ -254,6 +251,6 @@ def load_dataset(
     if on_corrupt not in ("stop", "skip"): raise unknown("on_corrupt", on_corrupt, ("stop", "skip"))
     if str(name) in LOADERS: return LOADERS[str(name)](root, on_corrupt)
     path = Path(name).expanduser()
-    if path.is_dir() or isinstance(name, Path) or len(path.parts) > 1: return load_folder(path, on_corrupt)
+    if path.is_dir() or isinstance(name, Path) or "/" in str(name) or os.sep in str(name): return load_folder(path, on_corrupt)
     if name in PLANNED: raise ValueError(f"data set {name!r} is not available yet. Known: {', '.join(list_datasets())}, or the path of a folder of class folders.")
     raise ValueError(f"{unknown('data set', name, list_datasets())} The path of a folder of class folders works too.")

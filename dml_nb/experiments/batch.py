@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_folder', 'template', 'check_parameters', 'RunFailed', 'execute', 'execute_all']
 
-# %% ../../nbs/62_batch.ipynb #007d70b0
+# %% ../../nbs/62_batch.ipynb #7e640a29
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+from ..data import load_dataset
 from ..data.datasets import data_root
 from .rows import Row, settings_for, slug
 from ..files import write_atomically
@@ -57,7 +58,7 @@ def _clean(notebook: Path):
     for cell in nb.cells: cell.metadata.pop("papermill", None)
     nbformat.write(nb, notebook)
 
-# %% ../../nbs/62_batch.ipynb #7edff415
+# %% ../../nbs/62_batch.ipynb #25e9e8b1
 class RunFailed(RuntimeError): "A row notebook raised; its executed copy is kept as `failed.ipynb`."
 
 def execute(row: Row, # what to run
@@ -76,7 +77,7 @@ def execute(row: Row, # what to run
     os.environ |= dict(DML_NB_DATA=str(data_root().resolve()), JUPYTER_PREFER_ENV_PATH="1")
     notebook = folder/"run.tmp.ipynb"
     for stale in ("measured.json", "failed.ipynb"): (folder/stale).unlink(missing_ok=True)
-    try: execute_notebook(str(template()), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder))
+    try: execute_notebook(str(template()), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"])
     except PapermillExecutionError as e:
         os.replace(notebook, folder/"failed.ipynb")
         raise RunFailed(f"{row.id}, seed {seed}: {e.ename}: {e.evalue} (see {folder/'failed.ipynb'})") from e
@@ -89,7 +90,7 @@ def execute(row: Row, # what to run
     os.replace(folder/"measured.json", folder/"result.json")
     return folder, True
 
-# %% ../../nbs/62_batch.ipynb #6913529a
+# %% ../../nbs/62_batch.ipynb #c07f57b6
 def execute_all(rows: list[Row], # what to run
                 seeds: list[int], # each row with each seed
                 out: str | Path = "runs", # top folder of results
@@ -100,6 +101,7 @@ def execute_all(rows: list[Row], # what to run
                ) -> tuple[list[Path], list[RunFailed]]: # folders of finished runs, failures
     "Run rows with seeds one after the other."
     planned = [(row, settings_for(row, dataset, backbone, regime, **overrides), seed) for row in rows for seed in seeds]
+    for name in {settings["dataset"] for _, settings, _ in planned}: load_dataset(name)
     done, failed = [], []
     for i, (row, settings, seed) in enumerate(planned, 1):
         head = f"[{i}/{len(planned)}] {row.method} · {settings['dataset']} · {settings['backbone']} · {settings['regime']} · seed {seed}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'environment', 'peak_memory_mb']
 
-# %% ../../nbs/61_runner.ipynb #7d5408a9
+# %% ../../nbs/61_runner.ipynb #27c6d2c1
 import json
 import os
 import platform
@@ -25,15 +25,15 @@ from ..checkpoint import Checkpoint, resume
 from ..data import load_dataset
 from .rows import all_rows, own_setting
 from ..files import write_atomically
-from ..learner import DMLLearner, dml_learner, embed_loader, feature_dls, image_dls
+from ..learner import DMLLearner, dml_learner, feature_dls, image_dls
 from ..losses import create_loss
 from ..models import create_backbone, create_embedder
 from ..models.embedder import EmbeddingHead
-from ..models.features import cached_features
+from ..models.features import cached_features, embed
 from ..retrieval.view import plot_history, plot_retrieval
 from ..similarity import unknown
 
-# %% ../../nbs/61_runner.ipynb #3584242e
+# %% ../../nbs/61_runner.ipynb #d3fb3039
 class Run:
     "One row with one seed: data, model, loss, Learner, results."
     def __init__(self,
@@ -48,22 +48,28 @@ class Run:
 
     @cached_property
     def data(self): # `RetrievalData`
-        "The data set of the run, counts verified."
-        return load_dataset(self.settings["dataset"])
+        "The data set of the run, counts verified; with the setting `holdout`, a split of its training classes by that seed."
+        whole, fold = load_dataset(self.settings["dataset"]), self.settings["holdout"]
+        return whole if fold is None else whole.holdout(.3, fold)
 
     def _repr_markdown_(self):
         flat = {k: v for k, v in self.settings.items() if k != "params"} | {f"loss: {k}": v for k, v in self.settings["params"].items()}
         return pd.DataFrame({"value": flat | {"seed": self.seed}}).astype(str).to_html(header=False)
 
-# %% ../../nbs/61_runner.ipynb #24174f0c
+# %% ../../nbs/61_runner.ipynb #300289b8
 @patch
 def _features(self: Run) -> list[torch.Tensor]: # of the training and of the test images
     started = perf_counter()
-    features = [cached_features(self.settings["backbone"], part, pool=self.settings["pool"]) for part in (self.data.train, self.data.test)]
+    def of(part): return cached_features(self.settings["backbone"], part, pool=self.settings["pool"])
+    if self.settings["holdout"] is None: features = [of(self.data.train), of(self.data.test)]
+    else: # rows of the features of all training images, which are cached already
+        whole = load_dataset(self.settings["dataset"]).train
+        rows, features = {path: i for i, path in enumerate(whole.paths)}, of(whole)
+        features = [features[[rows[path] for path in part.paths]] for part in (self.data.train, self.data.test)]
     self.seconds["features"] = perf_counter() - started
     return features
 
-# %% ../../nbs/61_runner.ipynb #30b92e15
+# %% ../../nbs/61_runner.ipynb #f0edbad9
 @patch
 def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkpoint if there is one
     "Build the Learner of the run."
@@ -75,6 +81,7 @@ def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkp
         dls = feature_dls(train, data.train.labels, test, data.test.labels, s["batch_size"], self.seed)
     else:
         model = create_embedder(s["backbone"], s["embedding_size"], s["pool"], s["backbone"] != "small_cnn", s["layer_norm"], s["frozen_bn"])
+        model.to(memory_format=torch.channels_last)
         dls = image_dls(data, model.spec, s["batch_size"], self.seed, s["train_crop"], workers=os.cpu_count() or 0)
     loss = create_loss(s["loss"], num_classes=len(data.train.classes), embedding_size=s["embedding_size"], **s["params"])
     learn = dml_learner(dls, model, loss, s["lr"], s["head_lr"], s["proxy_lr_mult"], s["weight_decay"], s["warm_epochs"],
@@ -145,14 +152,13 @@ def compare(self: Run,
     for which in ("best", "last"): columns[ours, f"{which} (epoch {result[which]['epoch']})"] = [f"{100*result[which][m]:.1f}" for m in metrics]
     return pd.DataFrame(columns, index=metrics)
 
-# %% ../../nbs/61_runner.ipynb #960ac6b2
+# %% ../../nbs/61_runner.ipynb #a5b4f0cd
 @patch
 def gallery(self: Run,
             learn: DMLLearner, # after `fit`
            ) -> str: # Markdown that shows the picture
     "Draw queries with their nearest images into `gallery.png`."
-    learn.model.eval()
-    embeddings = embed_loader(learn.model, learn.dls.loaders[1], len(self.data.test))
+    embeddings = embed(learn.model, learn.dls.test_plain, workers=learn.dls.workers)
     figure = plot_retrieval(self.data.test, embeddings, seed=self.seed)
     self.folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(self.folder/"gallery.png", dpi=80)

@@ -104,16 +104,12 @@ def _file(folder, facts):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(folder)/"features"/f"{facts['backbone']}-{facts['crop']}-{facts['dtype']}-{digest}.safetensors"
 
-# %% ../../nbs/22_models.features.ipynb #03318b48
+# %% ../../nbs/22_models.features.ipynb #f6d87d9d
 def _sha(x): return hashlib.sha256(x.numpy()).hexdigest()
 
 def _write(file, features, facts):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        save_file(features, part, metadata=facts | {f"sha256_{k}": _sha(v) for k,v in features.items()})
-        os.replace(part, file)
-    finally: part.unlink(missing_ok=True)
+    metadata = facts | {f"sha256_{k}": _sha(v) for k,v in features.items()}
+    write_atomically(file, lambda part: save_file(features, part, metadata=metadata))
 
 # %% ../../nbs/22_models.features.ipynb #772b9ffe
 def _doubt(features, facts, stored):

@@ -1,0 +1,34 @@
+# Every target makes the environment it needs, once, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: quickstart test lab export docs clean
+.DEFAULT_GOAL := quickstart
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: $(STAMP) ## train two methods on glyphs and compare them
+	$(BIN)/dml_nb quickstart
+
+test: $(STAMP) ## notebooks and modules agree, notebooks are clean, every notebook and every test passes
+	$(BIN)/python tests/check_notebooks.py
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest -q
+
+lab: $(STAMP) ## open the notebooks
+	$(BIN)/jupyter lab nbs
+
+export: $(STAMP) ## modules and README from the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tests/check_notebooks.py --write-readme
+
+docs: $(STAMP) ## the notebooks as a web site in _docs
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb nbs/rows/*.ipynb
+
+clean: ## remove everything that can be made again
+	rm -rf .venv build dist _docs _proc quickstart *.egg-info

@@ -1,0 +1,54 @@
+"A small real data set: glyphs as PNG files in class folders."
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def glyph_folder(tmp_path_factory) -> Path:
+    from dml_nb.data import load_dataset
+
+    train = load_dataset("glyphs").train
+    folder = tmp_path_factory.mktemp("data") / "letters"
+    for label in range(12):
+        (folder / f"class{label:02}").mkdir(parents=True)
+    for i in range(12 * 12):
+        train.image(i).save(folder / f"class{train.labels[i]:02}" / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture
+def dml_nb(tmp_path):
+    "Run the command in an empty folder with a cache of its own."
+    command = Path(sys.executable).with_name("dml_nb")
+    environment = os.environ | {"DML_NB_CACHE": str(tmp_path / "cache")}
+
+    def run(*args: str, status: int = 0) -> str:
+        done = subprocess.run([command, *map(str, args)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    run.command, run.environment, run.folder = command, environment, tmp_path
+    return run
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    "The same command inside this process, which saves importing torch each time."
+    from typer.testing import CliRunner
+
+    from dml_nb.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "cache"))
+
+    def run(*args: str, status: int = 0) -> str:
+        done = CliRunner().invoke(app, [str(a) for a in args])
+        assert done.exit_code == status, f"{done.output}\n{done.exception!r}"
+        return done.output
+
+    return run

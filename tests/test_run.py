@@ -1,0 +1,107 @@
+"The command line as a user sees it: a whole run, an interrupted one, and bad input."
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+TINY = ["--backbone", "small_cnn", "--set", "embedding_size=32", "--set", "batch_size=24", "--set", "lr=0.001"]
+
+
+def test_a_run_leaves_what_it_promises_and_is_done_once(dml_nb, glyph_folder):
+    args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=2"]
+    assert "1 done, 0 failed" in dml_nb(*args)
+    (result_file,) = dml_nb.folder.glob("runs/002-II/cub-cp-pa-k-3/letters-small_cnn-finetune-*/seed0/result.json")
+    folder, result = result_file.parent, json.loads(result_file.read_text())
+    assert {"params.json", "result.json", "history.csv", "run.ipynb", "gallery.png"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.glob("*.tmp*")) and not (folder / "checkpoint.pt").exists()
+    assert {"row", "settings", "seed", "best", "last", "claimed", "seconds", "images_per_second", "peak_memory_mb", "environment", "data_checksum"} <= set(result)
+    assert result["claimed"]["R@1"] == "69.8" and result["own_setting"] is False
+    assert len(pd.read_csv(folder / "history.csv")) == 2
+    written = result_file.stat().st_mtime_ns
+    assert "done before" in dml_nb(*args) and result_file.stat().st_mtime_ns == written
+    table = dml_nb("report", "II")
+    assert "CP + PA K=3" in table and "other setting" in table
+    assert {p.suffix for p in (dml_nb.folder / "runs").glob("report-II.*")} == {".md", ".csv", ".html", ".png"}
+
+
+def test_ctrl_c_leaves_no_result_and_the_next_call_finishes(dml_nb, glyph_folder):
+    args = ["run", "CP + PA K=3", "--dataset", str(glyph_folder), *TINY, "--set", "epochs=60"]
+    process = subprocess.Popen([dml_nb.command, *args], cwd=dml_nb.folder, env=dml_nb.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    checkpoints, deadline = [], time.monotonic() + 120
+    while not checkpoints and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        checkpoints = list(dml_nb.folder.glob("runs/**/checkpoint.pt"))
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command resumes it" in output
+    assert "Traceback" not in output
+    folder = checkpoints[0].parent
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert not [line for line in processes.splitlines() if "ipykernel" in line and str(dml_nb.folder) in line]
+    assert not (folder / "result.json").exists() and not list(folder.glob("*.ipynb"))
+    before = torch.load(checkpoints[0], weights_only=True)["history"]
+    assert 0 < len(before) < 60
+    dml_nb(*args)
+    after = pd.read_csv(folder / "history.csv")
+    assert after.epoch.tolist() == list(range(60))
+    assert after.train_seconds[: len(before)].tolist() == pytest.approx([line["train_seconds"] for line in before], rel=1e-4)
+    assert (folder / "result.json").exists() and not checkpoints[0].exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["run", "CP + Proxi Anchor", "--dataset", "glyphs"], "did you mean 'CP + Proxy Anchor Loss'"),
+        (["run", "CP + PA", "--dataset", "glyhps"], "did you mean 'glyphs'"),
+        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "smal_cnn"], "did you mean 'small_cnn'"),
+        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "capcity=3"], "did you mean 'capacity'"),
+        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "epochs"], "wants key=value"),
+        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--regime", "frosen"], "did you mean 'frozen'"),
+        (["run", "CP + PA", "--dataset", "./nothing/here", "--backbone", "small_cnn"], "'./nothing/here'"),
+        (["run", "CP + PA", "--dataset", "cars"], "'cars' is not available"),
+        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--seeds", "a"], "--seeds"),
+        (["rows", "XII"], "unknown table"),
+        (["report"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(shell, args, message):
+    assert message in shell(*args, status=1)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("bad, message", [("proxies_per_class=0", "proxies_per_class must be at least 1"), ("capacity=0", "capacity must be at least 1")])
+def test_a_wrong_value_fails_the_run_and_names_it(dml_nb, bad, message):
+    output = dml_nb("run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", bad, status=1)
+    assert message in output and "Traceback" not in output
+    assert not list(dml_nb.folder.glob("runs/**/result.json"))
+
+
+def test_a_truncated_image_is_named_and_can_be_left_out(shell, glyph_folder, tmp_path):
+    from shutil import copytree
+
+    folder = tmp_path / "damaged"
+    copytree(glyph_folder, folder)
+    victim = sorted(folder.glob("class03/*.png"))[0]
+    victim.write_bytes(victim.read_bytes()[:60])
+    output = shell("data", folder, status=1)
+    assert "1 of 144 files" in output and victim.name in output and "skip" in output
+    assert "71 images" in shell("data", folder, "--skip-corrupt")
+
+
+@pytest.mark.parametrize("make, message", [(lambda f: None, "does not exist"), (lambda f: f.mkdir(), "no class folders")])
+def test_a_folder_that_is_no_data_set(shell, tmp_path, make, message):
+    folder = tmp_path / "pictures"
+    make(folder)
+    assert message in shell("data", f"./{folder.name}", status=1)
+
+
+def test_help_shows_an_example(shell):
+    for command in ("rows", "run", "report", "data", "quickstart"):
+        assert f"Example: dml_nb {command}" in " ".join(shell(command, "--help").split())
