@@ -26,7 +26,7 @@ def save_checkpoint(learn: DMLLearner, # after an epoch
                  loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {})
     write_atomically(path, lambda p: torch.save(state, p))
 
-# %% ../nbs/51_checkpoint.ipynb #73e8211b
+# %% ../nbs/51_checkpoint.ipynb #d55d55de
 def resume(learn: DMLLearner, # freshly built, as for the first epoch
            path: Path, # perhaps a checkpoint
            key: str, # what the run is
@@ -41,8 +41,8 @@ def resume(learn: DMLLearner, # freshly built, as for the first epoch
     learn.create_opt()
     learn.opt.load_state_dict(state["opt"])
     learn.retrieval_metrics.history = state["history"]
-    learn.start_epoch = state["epoch"] + 1
-    return learn.start_epoch
+    learn.first_epoch = state["epoch"] + 1
+    return learn.first_epoch
 
 # %% ../nbs/51_checkpoint.ipynb #a6be8a2d
 class Checkpoint(Callback):

@@ -146,14 +146,14 @@ def parameter_groups(model: nn.Module, # perhaps with a `backbone`
                   loss=list(loss.parameters()) if isinstance(loss, nn.Module) else [])
     return {name: params for name, params in groups.items() if params}
 
-# %% ../nbs/50_learner.ipynb #d297bdf1
+# %% ../nbs/50_learner.ipynb #9dfd6ccc
 class DMLLearner(Learner):
     "A fastai Learner that can begin in the middle of a schedule."
-    start_epoch = 0
+    first_epoch = 0
     def _do_fit(self):
         bar = getattr(getattr(self, "progress", None), "mbar", None)
-        if bar and self.start_epoch: bar.update(0) # fastprogress starts its clock at item 0
-        for epoch in range(self.start_epoch, self.n_epoch):
+        if bar and self.first_epoch: bar.update(0) # fastprogress starts its clock at item 0
+        for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['run_folder', 'template', 'check_parameters', 'RunFailed', 'execute', 'execute_all']
 
-# %% ../../nbs/62_batch.ipynb #7e640a29
+# %% ../../nbs/62_batch.ipynb #68f8c7f0
 import json
 import os
-from dataclasses import dataclass
+import re
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -49,13 +49,16 @@ def check_parameters(notebook: Path, # a template
     for name in parameters:
         if name not in declared: raise unknown(f"parameter of {Path(notebook).name}", name, declared)
 
-# %% ../../nbs/62_batch.ipynb #b13a00c5
+# %% ../../nbs/62_batch.ipynb #cdce79fc
 def _clean(notebook: Path):
-    "Remove paths of this machine from an executed notebook."
+    "Remove what papermill noted, and folders of this machine that warnings name."
     import nbformat
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata.pop("papermill", None)
-    for cell in nb.cells: cell.metadata.pop("papermill", None)
+    for cell in nb.cells:
+        cell.metadata.pop("papermill", None)
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream": output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
     nbformat.write(nb, notebook)
 
 # %% ../../nbs/62_batch.ipynb #25e9e8b1

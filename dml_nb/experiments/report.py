@@ -61,31 +61,32 @@ def summarise(results: list[dict], # from `load_results`
         lines.append(line)
     return pd.DataFrame(lines)
 
-# %% ../../nbs/63_report.ipynb #f2c132ce
+# %% ../../nbs/63_report.ipynb #b1b880ae
 def plot_results(results: list[dict], # from `load_results`
                  metrics: tuple[str, ...] = ("R@1", "MAP@R"), # a panel each
-                ) -> Figure: # bars with 95 % intervals over seeds
-    "Bars for each method, best epoch, a color for each setting."
-    frame = pd.DataFrame([dict(method=r["method"], setting=f"{r['settings']['dataset']}, {r['settings']['regime']}", metric=m, percent=100*r["best"][m]) for r in results for m in metrics])
-    methods, settings = frame.method.nunique(), frame.setting.nunique()
-    fig, axes = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 1 + .32*methods*settings), sharey=True, squeeze=False)
+                ) -> Figure: # dots with 95 % intervals over seeds
+    "A dot for each method with its interval over seeds, best epoch, a color for each setting."
+    frame = pd.DataFrame([dict(method=r["method"], setting=f"{r['settings']['dataset']}, {r['settings']['regime']}, {r['settings']['epochs']} epochs", metric=m, percent=100*r["best"][m]) for r in results for m in metrics])
+    def bounds(values): return tuple(np.add(values.mean(), np.nan_to_num([-interval(values)[1], interval(values)[1]])))
+    fig, axes = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 1.4 + .45*frame.method.nunique()), sharey=True, squeeze=False)
     for ax, m in zip(axes[0], metrics):
-        several = frame.groupby(["method", "setting"]).size().max() > len(metrics)
-        sns.barplot(frame[frame.metric == m], y="method", x="percent", hue="setting", errorbar=(lambda v: np.add(v.mean(), [-interval(v)[1], interval(v)[1]])) if several else None, ax=ax, legend=m == metrics[-1])
-        values = frame.percent[frame.metric == m]
-        ax.set(title=f"{m} (%), best epoch", xlabel="", ylabel="", xlim=(max(0, .8*values.min()), min(100, values.max() + 2 + .1*(values.max() - values.min()))))
-    axes[0, -1].legend(fontsize=7, loc="lower right")
-    fig.tight_layout()
+        sns.pointplot(frame[frame.metric == m], y="method", x="percent", hue="setting", errorbar=bounds, linestyle="none", dodge=.4, capsize=.15, err_kws=dict(linewidth=1.5), ax=ax)
+        ax.set(title=f"{m} in percent, best epoch", xlabel="", ylabel=""); ax.grid(axis="x", alpha=.3); ax.get_legend().remove()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, .08, 1, 1))
     return fig
 
-# %% ../../nbs/63_report.ipynb #0957f52a
+# %% ../../nbs/63_report.ipynb #1af664ca
 def write_report(results: list[dict], # from `load_results`
                  out: str | Path, # folder that receives the files
                  name: str = "report", # their name without suffix
                 ) -> list[Path]: # Markdown, CSV, HTML and picture
     "Write the summary in all formats, and the picture."
     summary, out = summarise(results), Path(out)
+    figure = plot_results(results)
+    plt.close(figure)
     forms = dict(md=lambda p: p.write_text(summary.to_markdown(index=False) + "\n"), csv=lambda p: summary.to_csv(p, index=False),
-                 html=lambda p: p.write_text(summary.to_html(index=False, border=0)), png=lambda p: plot_results(results).savefig(p, dpi=100, format="png"))
+                 html=lambda p: p.write_text(summary.to_html(index=False, border=0)), png=lambda p: figure.savefig(p, dpi=100, format="png"))
     for suffix, write in forms.items(): write_atomically(out/f"{name}.{suffix}", write)
     return [out/f"{name}.{suffix}" for suffix in forms]

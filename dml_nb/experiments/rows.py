@@ -93,7 +93,7 @@ def find_rows(what: str, # id, table or method
     if not found: raise unknown("row, table or method", what, {*tables, *rows, *(row.method for row in rows.values())})
     return [min(found, key=lambda row: (row.dataset != here, row.table != "002-IV", row.id))]
 
-# %% ../../nbs/60_rows.ipynb #89249fa8
+# %% ../../nbs/60_rows.ipynb #cf44ffd8
 def settings_for(row: Row, # what to run
                  dataset: str | None = None, # None: the row's own
                  backbone: str | None = None, # None: the row's own, or BN-Inception where the source does not say
@@ -107,11 +107,13 @@ def settings_for(row: Row, # what to run
     if backbone and backbone not in list_backbones(): raise unknown("backbone", backbone, list_backbones())
     if why := missing(row, dataset, backbone): raise ValueError(f"the row {row.id} cannot run here: {why}. `dml_nb rows` lists what can.")
     dataset, backbone = dataset or row.dataset, backbone or row.backbone or "bn_inception"
+    if dataset not in list_datasets(): dataset = str(Path(dataset).expanduser().resolve()) # the kernel works in another folder
     loss = row.recipe["loss"]
-    out = dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=row.embedding_size or 512, loss=loss)
-    for layer in (regime, f"{regime}/{dataset}", f"{regime}/{dataset}/{backbone}", f"{regime}/{dataset}/{backbone}/{loss}"): out |= known.get(layer, {})
     takes = {p for p in signature(core._registry[loss]).parameters if p not in ("num_classes", "embedding_size")}
-    params = dict(row.recipe["params"])
+    out, params = dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=row.embedding_size or 512, loss=loss), {}
+    for layer in (regime, f"{regime}/{dataset}", f"{regime}/{dataset}/{backbone}", f"{regime}/{dataset}/{backbone}/{loss}"):
+        for key, value in known.get(layer, {}).items(): (params if key in takes else out)[key] = value
+    params |= row.recipe["params"]
     for key, value in overrides.items():
         if key in takes: params[key] = value
         elif key in out and key not in ("dataset", "backbone", "regime", "loss"): out[key] = value

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'environment', 'peak_memory_mb']
 
-# %% ../../nbs/61_runner.ipynb #27c6d2c1
+# %% ../../nbs/61_runner.ipynb #e66511d5
 import json
 import os
 import platform
@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastcore.basics import patch
@@ -152,7 +153,7 @@ def compare(self: Run,
     for which in ("best", "last"): columns[ours, f"{which} (epoch {result[which]['epoch']})"] = [f"{100*result[which][m]:.1f}" for m in metrics]
     return pd.DataFrame(columns, index=metrics)
 
-# %% ../../nbs/61_runner.ipynb #a5b4f0cd
+# %% ../../nbs/61_runner.ipynb #99328557
 @patch
 def gallery(self: Run,
             learn: DMLLearner, # after `fit`
@@ -160,10 +161,10 @@ def gallery(self: Run,
     "Draw queries with their nearest images into `gallery.png`."
     embeddings = embed(learn.model, learn.dls.test_plain, workers=learn.dls.workers)
     figure = plot_retrieval(self.data.test, embeddings, seed=self.seed)
-    self.folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(self.folder/"gallery.png", dpi=80)
-    figure.clear()
-    return "![queries on the left, their five nearest images to the right, green: same class, red: another](gallery.png)"
+    write_atomically(self.folder/"gallery.png", lambda p: figure.savefig(p, dpi=80, format="png"))
+    plt.close(figure)
+    note = "" if self.data.test.paths is None else "\n\n*Photographs are not redistributed: the picture is there wherever the row was run.*"
+    return "![queries on the left, their five nearest images to the right, green: same class, red: another](gallery.png)" + note
 
 @patch
 def save(self: Run, result: dict):

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .search import search
 
-# %% ../../nbs/42_retrieval.view.ipynb #32df9bbc
+# %% ../../nbs/42_retrieval.view.ipynb #152599d5
 def _tile(ax, image, title: str, color: str):
     "One framed image."
-    ax.imshow(image, cmap="gray"); ax.set_title(title, fontsize=7, pad=2)
+    ax.imshow(image, cmap="gray"); ax.set_title(title, fontsize=7, pad=3)
     ax.set(xticks=[], yticks=[])
     for spine in ax.spines.values(): spine.set(color=color, linewidth=3)
 
-# %% ../../nbs/42_retrieval.view.ipynb #ed86da4c
+# %% ../../nbs/42_retrieval.view.ipynb #12606f97
 def plot_retrieval(images, # `ImageSet` of the gallery, in the order of the embeddings
                    embeddings: Tensor, # (N, D)
                    queries: int | list[int] = 6, # how many queries, drawn by `seed`, or their ids
@@ -35,13 +35,13 @@ def plot_retrieval(images, # `ImageSet` of the gallery, in the order of the embe
         generator = torch.Generator().manual_seed(seed)
         queries = torch.randperm(len(embeddings), generator=generator)[:queries].tolist()
     scores, index = search(embeddings[queries], embeddings, min(k + 1, len(embeddings)))
-    fig, axes = plt.subplots(len(queries), k + 1, figsize=(size*(k + 1), 1.15*size*len(queries)), squeeze=False)
+    fig, axes = plt.subplots(len(queries), k + 1, figsize=(size*(k + 1), 1.25*size*len(queries)), squeeze=False)
     for row, q, row_scores, row_index in zip(axes, queries, scores.tolist(), index.tolist()):
         _tile(row[0], images.image(q), str(images.classes[images.labels[q]])[-18:], "black")
         found = [(s, i) for s, i in zip(row_scores, row_index) if i != q][:k]
         for ax, (s, i) in zip(row[1:], found): _tile(ax, images.image(i), f"{s:.2f}", "green" if images.labels[i] == images.labels[q] else "red")
         for ax in row[1 + len(found):]: ax.axis("off")
-    fig.tight_layout(pad=.4)
+    fig.tight_layout(pad=.3, h_pad=.6)
     return fig
 
 # %% ../../nbs/42_retrieval.view.ipynb #39cf3cca
