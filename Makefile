@@ -16,7 +16,7 @@ quickstart: $(STAMP) ## train two methods on glyphs and compare them
 
 test: $(STAMP) ## notebooks and modules agree, notebooks are clean, every notebook and every test passes
 	$(BIN)/python tests/check_notebooks.py
-	$(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q
 
 lab: $(STAMP) ## open the notebooks
