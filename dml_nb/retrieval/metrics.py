@@ -21,21 +21,22 @@ def _rank_in_full(scores: Tensor, relevant: Tensor, k: int, positives_first: boo
     by_score = scores.gather(1, order).argsort(dim=1, descending=True, stable=True)
     return relevant.gather(1, order.gather(1, by_score[:, :k]))
 
-# %% ../../nbs/41_retrieval.metrics.ipynb #9c453ba6
-def ranked_relevance(scores: Tensor, # (b, N); -inf where an entry is left out
-                     relevant: Tensor, # (b, N) boolean, False where left out
+# %% ../../nbs/41_retrieval.metrics.ipynb #7ee98127
+def ranked_relevance(scores: Tensor, # (b, N); -inf for an entry that is left out, which only ever ranks last
+                     labels: Tensor, # (b,) classes of the queries
+                     gallery_labels: Tensor, # (N,) classes of the gallery
                      k: int, # ranks to look at, at most N
                     ) -> tuple[Tensor, Tensor]: # (b, k) relevance with ties for the positives, and with ties against them
-    "Which of the first k ranks are relevant, under both readings of ties."
+    "Which of the first k ranks are of the query's class, under both readings of ties."
     values, index = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-    best = relevant.gather(1, index)
+    best = (gallery_labels[index] == labels[:, None]) & ~values.isneginf()
     equal = values[:, 1:] == values[:, :-1]
     unclear = (equal & (best[:, 1:] != best[:, :-1])).any(1) | equal[:, k-1:].any(1)
     best = best[:, :k]
     worst = best.clone()
     if unclear.any():
-        best[unclear] = _rank_in_full(scores[unclear], relevant[unclear], k, True)
-        worst[unclear] = _rank_in_full(scores[unclear], relevant[unclear], k, False)
+        relevant = (labels[unclear][:, None] == gallery_labels[None]) & ~scores[unclear].isneginf()
+        best[unclear], worst[unclear] = (_rank_in_full(scores[unclear], relevant, k, first) for first in (True, False))
     return best, worst
 
 # %% ../../nbs/41_retrieval.metrics.ipynb #348df16b
@@ -87,15 +88,13 @@ def evaluate(embeddings: Tensor, # (Q, D) query embeddings
         warnings.warn(f"equal similarities change the result: {m} is {first[m]:.4f} if ties count for the positive and {other[m]:.4f} if against; are embeddings duplicated or collapsed?")
     return both[ties] | ({"NMI": nmi(embeddings, labels)} if with_nmi else {})
 
-# %% ../../nbs/41_retrieval.metrics.ipynb #50c79c57
+# %% ../../nbs/41_retrieval.metrics.ipynb #f2824692
 def _both_readings(query, labels, gallery, gallery_labels, same_set, recall_at, memory_mb) -> dict[str, dict[str, float]]:
     "Means over queries under both readings of ties; queries without a relevant image are left out of all but Recall@K."
-    _, group, sizes = gallery_labels.unique(return_inverse=True, return_counts=True)
-    k = min(max(*recall_at, sizes.max().item(), 1), len(gallery))
+    classes, group = torch.cat([gallery_labels, labels]).unique(return_inverse=True)
+    R = torch.bincount(group[:len(gallery_labels)], minlength=len(classes))[group[len(gallery_labels):]] - int(same_set)
+    k = min(max(*recall_at, R.max().item(), 1), len(gallery))
     parts = {"optimistic": [], "pessimistic": []}
     for rows, scores in score_chunks(query, gallery, same_set, memory_mb):
-        relevant = labels[rows][:, None] == gallery_labels[None]
-        if same_set: relevant[torch.arange(len(rows)), rows] = False
-        R = relevant.sum(1)
-        for name, relevance in zip(parts, ranked_relevance(scores, relevant, k)): parts[name].append(query_metrics(relevance, R, recall_at))
+        for name, relevance in zip(parts, ranked_relevance(scores, labels[rows], gallery_labels, k)): parts[name].append(query_metrics(relevance, R[rows], recall_at))
     return {name: {m: torch.cat([c[m] for c in chunks]).nanmean().nan_to_num().item() for m in chunks[0]} for name, chunks in parts.items()}
