@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'resume', 'Checkpoint']
 
-# %% ../nbs/51_checkpoint.ipynb #d346deae
+# %% ../nbs/51_checkpoint.ipynb #a30bb010
 from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import default_device
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,7 +27,7 @@ def save_checkpoint(learn: DMLLearner, # after an epoch
                  loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {})
     write_atomically(path, lambda p: torch.save(state, p))
 
-# %% ../nbs/51_checkpoint.ipynb #d55d55de
+# %% ../nbs/51_checkpoint.ipynb #4e081f80
 def resume(learn: DMLLearner, # freshly built, as for the first epoch
            path: Path, # perhaps a checkpoint
            key: str, # what the run is
@@ -38,6 +39,9 @@ def resume(learn: DMLLearner, # freshly built, as for the first epoch
     if state["key"] != key: raise ValueError(f"the checkpoint {path} belongs to the run {state['key']}, not to {key}: delete it or choose another folder.")
     learn.model.load_state_dict(state["model"])
     if isinstance(learn.loss_func, nn.Module): learn.loss_func.load_state_dict(state["loss"])
+    device = getattr(learn.dls, "device", None) or default_device()
+    for part in (learn.model, learn.loss_func):
+        if isinstance(part, nn.Module): part.to(device) # the optimiser's moments are put where the parameters are
     learn.create_opt()
     learn.opt.load_state_dict(state["opt"])
     learn.retrieval_metrics.history = state["history"]

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-# %% ../nbs/70_cli.ipynb #96ebcc4a
+# %% ../nbs/70_cli.ipynb #a650762c
 app = typer.Typer(help="Deep metric learning: run and compare the tables of the papers.", no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 def fail(error: Exception):
@@ -28,7 +28,8 @@ def parse_settings(pairs: list[str], # "key=value"; the value is JSON if it read
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals: raise ValueError(f"--set wants key=value, got {pair!r}: for instance --set epochs=5.")
-        try: out[key.strip()] = json.loads(value)
+        word = {"True": "true", "False": "false", "None": "null"}.get(value, value)
+        try: out[key.strip()] = json.loads(word)
         except json.JSONDecodeError: out[key.strip()] = value
     return out
 
@@ -57,7 +58,7 @@ def rows(table: Annotated[Optional[str], typer.Argument(help="A table, such as I
         typer.echo(f"{row.id:44} {row.method:28} {row.backbone or 'not stated':13} {claimed}\n{'':44} " + (f"can run: {row.recipe['loss']} {row.recipe['params']}" if why is None else f"cannot run: {why}"))
     typer.echo(f"{len(chosen)} rows, {sum(missing(row) is None for row in chosen)} can run here on their own data set. Claimed values are the papers', in percent.")
 
-# %% ../nbs/70_cli.ipynb #e620144a
+# %% ../nbs/70_cli.ipynb #a914b2d4
 @app.command(epilog='Example: dml_nb run "CP + Proxy Anchor" --dataset cub --backbone efficientnet_lite0 --regime frozen --seeds 0')
 def run(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or tables.")],
         dataset: Annotated[Optional[str], typer.Option(help="Data set or folder of class folders, instead of the row's own.")] = None,
@@ -65,44 +66,45 @@ def run(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or
         regime: Annotated[str, typer.Option(help="finetune: the whole network; frozen: a head on cached features.")] = "finetune",
         seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
         set: Annotated[list[str], typer.Option(help="key=value: any setting or parameter of the loss; repeatable.")] = [],
+        skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be read instead of stopping.")] = False,
         out: Out = Path("runs")):
     "Run rows as papermill notebooks; finished ones are skipped, interrupted ones resume."
     from dml_nb.experiments.batch import execute_all
     from dml_nb.experiments.rows import find_rows
     try:
         chosen = [row for name in what for row in find_rows(name, dataset)]
-        done, failed = execute_all(chosen, parse_seeds(seeds), out, dataset, backbone, regime, **parse_settings(set))
-    except (ValueError, FileNotFoundError) as e: fail(e)
+        done, failed = execute_all(chosen, parse_seeds(seeds), out, dataset, backbone, regime, **parse_settings(set), **({"on_corrupt": "skip"} if skip_corrupt else {}))
+    except (ValueError, OSError) as e: fail(e)
     except KeyboardInterrupt: raise typer.Exit(130)
     typer.echo(f"{len(done)} done, {len(failed)} failed. Notebooks:")
     for folder in done: typer.echo(f"  {folder/'run.ipynb'}")
     if failed: raise typer.Exit(1)
 
-# %% ../nbs/70_cli.ipynb #af030dd1
+# %% ../nbs/70_cli.ipynb #f3f753ed
 @app.command(epilog="Example: dml_nb report II")
 def report(table: Annotated[Optional[str], typer.Argument(help="A table, such as II; none: all.")] = None,
            out: Out = Path("runs")):
     "Print results beside the papers' claims, and write them as Markdown, CSV, HTML and a picture."
     from dml_nb.experiments.report import load_results, write_report
     try: written = write_report(load_results(out, table), out, f"report-{table}" if table else "report")
-    except (ValueError, FileNotFoundError) as e: fail(e)
+    except (ValueError, OSError) as e: fail(e)
     typer.echo(written[0].read_text())
     for path in written: typer.echo(f"written: {path}")
 
-# %% ../nbs/70_cli.ipynb #a63241a4
+# %% ../nbs/70_cli.ipynb #0b02069d
 @app.command(epilog="Example: dml_nb data cub")
 def data(name: Annotated[str, typer.Argument(help="Name of a data set, or a folder of class folders.")],
          skip_corrupt: Annotated[bool, typer.Option(help="Leave out files that cannot be read instead of stopping.")] = False):
     "Check a data set: counts, unreadable files, checksum."
     from dml_nb.data import load_dataset
     try: loaded = load_dataset(name, on_corrupt="skip" if skip_corrupt else "stop")
-    except (ValueError, FileNotFoundError) as e: fail(e)
+    except (ValueError, OSError) as e: fail(e)
     typer.echo(f"{loaded}\n  checksum {loaded.checksum}")
 
-# %% ../nbs/70_cli.ipynb #90e2e1a2
+# %% ../nbs/70_cli.ipynb #b42ca171
 @app.command(epilog="Example: dml_nb quickstart --out quickstart")
 def quickstart(out: Out = Path("quickstart"),
-               epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 5):
+               epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 4):
     "Train Proxy Anchor and CP + Proxy Anchor on glyphs and compare them."
     typer.echo("Two methods on glyphs, a small network trained from nothing, about a minute each on two cores.")
     run(["PA multi-proxy K=1 w/o CP", "CP + PA K=3"], dataset="glyphs", backbone="small_cnn", set=[f"epochs={epochs}"], out=out)

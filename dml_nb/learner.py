@@ -180,7 +180,7 @@ def dml_learner(dls: DataLoaders, # from `image_dls` or `feature_dls`
     learn.rates = [rates[name] for name in groups]
     return learn
 
-# %% ../nbs/50_learner.ipynb #c7fd4ad1
+# %% ../nbs/50_learner.ipynb #879ad86d
 @patch
 def fit_schedule(self: DMLLearner,
                  epochs: int, # in all, also when resuming
@@ -194,5 +194,7 @@ def fit_schedule(self: DMLLearner,
     shapes = dict(step=lambda pct: gamma ** int(pct*epochs/step_epochs + 1e-6), cosine=SchedCos(1., 0.), constant=lambda pct: 1.)
     if schedule not in shapes: raise unknown("schedule", schedule, shapes)
     def rates(pct): return [r * shapes[schedule](pct) for r in self.rates]
-    self.fit(epochs, lr=self.rates, cbs=[ParamScheduler({"lr": rates}), *cbs])
+    if not self.first_epoch: self.retrieval_metrics.history = []
+    try: self.fit(epochs, lr=self.rates, cbs=[ParamScheduler({"lr": rates}), *cbs])
+    finally: self.first_epoch = 0
     return self.retrieval_metrics.best

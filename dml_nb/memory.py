@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .similarity import check_embeddings, check_labels, unit
 
-# %% ../nbs/01_memory.ipynb #396e1b0f
+# %% ../nbs/01_memory.ipynb #6fe7676a
 class ClassQueues(nn.Module):
     "One first-in-first-out queue of detached unit embeddings for each class, with its running sum."
     def __init__(self,
@@ -21,7 +21,7 @@ class ClassQueues(nn.Module):
                  dtype: torch.dtype = torch.float32, # storage type of the entries
                 ):
         super().__init__()
-        if capacity < 1: raise ValueError(f"capacity must be at least 1, got {capacity}: CP uses 30 embeddings a class.")
+        if not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class.")
         self.capacity = capacity
         self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size, dtype=dtype))
         self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
@@ -61,7 +61,7 @@ def class_ranks(labels: Tensor, # (B,) class ids
     ranks[order] = torch.arange(len(labels), device=labels.device) - first[inverse[order]]
     return ranks, sizes[inverse]
 
-# %% ../nbs/01_memory.ipynb #29f05211
+# %% ../nbs/01_memory.ipynb #74c96cf9
 @patch
 @torch.no_grad()
 def enqueue(self: ClassQueues,
@@ -71,6 +71,7 @@ def enqueue(self: ClassQueues,
     "Push a batch: the oldest entries of a full queue leave."
     check_embeddings(embeddings, self.queue.shape[-1]); check_labels(labels, len(embeddings), len(self.count))
     if not len(labels): return
+    labels = labels.long()
     ranks, sizes = class_ranks(labels)
     kept = ranks >= sizes - self.capacity
     c, slot = labels[kept], ((self.position[labels] + ranks) % self.capacity)[kept]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_folder', 'template', 'check_parameters', 'RunFailed', 'execute', 'execute_all']
 
-# %% ../../nbs/62_batch.ipynb #68f8c7f0
+# %% ../../nbs/62_batch.ipynb #810d3c07
 import json
 import os
 import re
@@ -14,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..data import load_dataset
-from ..data.datasets import data_root
-from .rows import Row, settings_for, slug
+from ..data.datasets import cache_root, data_root
+from .rows import Row, missing, settings_for, slug
 from ..files import write_atomically
 from ..similarity import unknown
 
@@ -61,7 +61,7 @@ def _clean(notebook: Path):
             if output.output_type == "stream": output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
     nbformat.write(nb, notebook)
 
-# %% ../../nbs/62_batch.ipynb #25e9e8b1
+# %% ../../nbs/62_batch.ipynb #c6a25af3
 class RunFailed(RuntimeError): "A row notebook raised; its executed copy is kept as `failed.ipynb`."
 
 def execute(row: Row, # what to run
@@ -77,7 +77,7 @@ def execute(row: Row, # what to run
     check_parameters(template(), parameters)
     params = dict(row=row.id, seed=seed, version=version("dml_nb"), settings=settings)
     write_atomically(folder/"params.json", lambda p: p.write_text(json.dumps(params, indent=1)))
-    os.environ |= dict(DML_NB_DATA=str(data_root().resolve()), JUPYTER_PREFER_ENV_PATH="1")
+    os.environ |= dict(DML_NB_DATA=str(data_root().resolve()), DML_NB_CACHE=str(cache_root().resolve()), JUPYTER_PREFER_ENV_PATH="1")
     notebook = folder/"run.tmp.ipynb"
     for stale in ("measured.json", "failed.ipynb"): (folder/stale).unlink(missing_ok=True)
     try: execute_notebook(str(template()), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"])
@@ -89,11 +89,11 @@ def execute(row: Row, # what to run
         raise
     _clean(notebook)
     os.replace(notebook, folder/"run.ipynb")
-    (folder/"checkpoint.pt").unlink(missing_ok=True)
     os.replace(folder/"measured.json", folder/"result.json")
+    (folder/"checkpoint.pt").unlink(missing_ok=True)
     return folder, True
 
-# %% ../../nbs/62_batch.ipynb #c07f57b6
+# %% ../../nbs/62_batch.ipynb #c6f6575b
 def execute_all(rows: list[Row], # what to run
                 seeds: list[int], # each row with each seed
                 out: str | Path = "runs", # top folder of results
@@ -103,8 +103,11 @@ def execute_all(rows: list[Row], # what to run
                 **overrides, # any setting or parameter of the loss
                ) -> tuple[list[Path], list[RunFailed]]: # folders of finished runs, failures
     "Run rows with seeds one after the other."
-    planned = [(row, settings_for(row, dataset, backbone, regime, **overrides), seed) for row in rows for seed in seeds]
-    for name in {settings["dataset"] for _, settings, _ in planned}: load_dataset(name)
+    able = [row for row in rows if missing(row, dataset, backbone) is None] or rows[:1] # a lone row says itself what it lacks
+    for row in rows:
+        if row not in able: print(f"left out: {row.id}: {missing(row, dataset, backbone)}")
+    planned = [(row, settings_for(row, dataset, backbone, regime, **overrides), seed) for row in able for seed in seeds]
+    for settings in {s["dataset"]: s for _, s, _ in planned}.values(): load_dataset(settings["dataset"], on_corrupt=settings.get("on_corrupt", "stop"))
     done, failed = [], []
     for i, (row, settings, seed) in enumerate(planned, 1):
         head = f"[{i}/{len(planned)}] {row.method} · {settings['dataset']} · {settings['backbone']} · {settings['regime']} · seed {seed}"

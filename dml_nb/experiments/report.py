@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_results', 'interval', 'percent', 'summarise', 'plot_results', 'write_report']
 
-# %% ../../nbs/63_report.ipynb #407e4927
+# %% ../../nbs/63_report.ipynb #59856e3d
 import json
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from ..files import write_atomically
+from ..similarity import unknown
 
-# %% ../../nbs/63_report.ipynb #cc7afe0a
+# %% ../../nbs/63_report.ipynb #75ad6bc8
 def load_results(out: str | Path = "runs", # top folder of results
                  table: str | None = None, # only this table, such as "002-II" or "II"
                 ) -> list[dict]: # contents of the `result.json` files, with their folder under "folder"
@@ -26,6 +27,8 @@ def load_results(out: str | Path = "runs", # top folder of results
     if not Path(out).is_dir(): raise FileNotFoundError(f"the results folder {out} does not exist: run something first, as in `dml_nb run II --dataset glyphs --backbone small_cnn`.")
     results = [json.loads(p.read_text()) | dict(folder=str(p.parent)) for p in sorted(Path(out).rglob("result.json"))]
     if table is None: return results
+    known = {r["table"] for r in results}
+    if known and table.upper() not in {name for t in known for name in (t.upper(), t.split("-")[1].upper())}: raise unknown("table with results", table, known)
     return [r for r in results if table.upper() in (r["table"].upper(), r["table"].split("-")[1].upper())]
 
 # %% ../../nbs/63_report.ipynb #f3362619
@@ -43,7 +46,7 @@ def percent(values, # one share a seed
     mean, half = interval(values)
     return f"{100*mean:.1f}" + ("" if np.isnan(half) else f" ± {100*half:.1f}")
 
-# %% ../../nbs/63_report.ipynb #36311c8c
+# %% ../../nbs/63_report.ipynb #2eab4430
 def summarise(results: list[dict], # from `load_results`
               metrics: tuple[str, ...] = ("R@1", "MAP@R"), # what to show
              ) -> pd.DataFrame: # a line for each row and setting
@@ -53,7 +56,7 @@ def summarise(results: list[dict], # from `load_results`
     for r in results: groups.setdefault((r["table"], r["row"], json.dumps(r["settings"], sort_keys=True)), []).append(r)
     for (table, row, _), group in groups.items():
         first, s = group[0], group[0]["settings"]
-        line = {"table": table, "method": first["method"], "setting": f"{s['dataset']}, {s['backbone']}, {s['regime']}, {s['embedding_size']}-d, {s['epochs']} epochs", "seeds": len(group)}
+        line = {"table": table, "method": first["method"], "setting": f"{s['dataset']}, {s['backbone']}, {s['regime']}, {s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g}{'' if s.get('holdout') is None else ', HELD-OUT TRAINING CLASSES'})", "seeds": len(group)}
         for m in metrics:
             best = [r["best"][m] for r in group]
             line |= {f"{m} best": percent(best), f"{m} last": percent([r["last"][m] for r in group]), f"{m} claimed by the paper": first["claimed"].get(m, "")}
@@ -61,12 +64,12 @@ def summarise(results: list[dict], # from `load_results`
         lines.append(line)
     return pd.DataFrame(lines)
 
-# %% ../../nbs/63_report.ipynb #b1b880ae
+# %% ../../nbs/63_report.ipynb #5d94d1c0
 def plot_results(results: list[dict], # from `load_results`
                  metrics: tuple[str, ...] = ("R@1", "MAP@R"), # a panel each
                 ) -> Figure: # dots with 95 % intervals over seeds
     "A dot for each method with its interval over seeds, best epoch, a color for each setting."
-    frame = pd.DataFrame([dict(method=r["method"], setting=f"{r['settings']['dataset']}, {r['settings']['regime']}, {r['settings']['epochs']} epochs", metric=m, percent=100*r["best"][m]) for r in results for m in metrics])
+    frame = pd.DataFrame([dict(method=r["method"], setting=f"{r['settings']['dataset']}, {r['settings']['regime']}, {r['settings']['epochs']} epochs ({r['settings']['schedule']})", metric=m, percent=100*r["best"][m]) for r in results for m in metrics])
     def bounds(values): return tuple(np.add(values.mean(), np.nan_to_num([-interval(values)[1], interval(values)[1]])))
     fig, axes = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 1.4 + .45*frame.method.nunique()), sharey=True, squeeze=False)
     for ax, m in zip(axes[0], metrics):

@@ -34,7 +34,7 @@ from ..models.features import cached_features, embed
 from ..retrieval.view import plot_history, plot_retrieval
 from ..similarity import unknown
 
-# %% ../../nbs/61_runner.ipynb #d3fb3039
+# %% ../../nbs/61_runner.ipynb #9c572efa
 class Run:
     "One row with one seed: data, model, loss, Learner, results."
     def __init__(self,
@@ -50,21 +50,21 @@ class Run:
     @cached_property
     def data(self): # `RetrievalData`
         "The data set of the run, counts verified; with the setting `holdout`, a split of its training classes by that seed."
-        whole, fold = load_dataset(self.settings["dataset"]), self.settings["holdout"]
+        whole, fold = load_dataset(self.settings["dataset"], on_corrupt=self.settings.get("on_corrupt", "stop")), self.settings["holdout"]
         return whole if fold is None else whole.holdout(.3, fold)
 
     def _repr_markdown_(self):
         flat = {k: v for k, v in self.settings.items() if k != "params"} | {f"loss: {k}": v for k, v in self.settings["params"].items()}
         return pd.DataFrame({"value": flat | {"seed": self.seed}}).astype(str).to_html(header=False)
 
-# %% ../../nbs/61_runner.ipynb #300289b8
+# %% ../../nbs/61_runner.ipynb #24d9601f
 @patch
 def _features(self: Run) -> list[torch.Tensor]: # of the training and of the test images
     started = perf_counter()
     def of(part): return cached_features(self.settings["backbone"], part, pool=self.settings["pool"])
     if self.settings["holdout"] is None: features = [of(self.data.train), of(self.data.test)]
     else: # rows of the features of all training images, which are cached already
-        whole = load_dataset(self.settings["dataset"]).train
+        whole = load_dataset(self.settings["dataset"], on_corrupt=self.settings.get("on_corrupt", "stop")).train
         rows, features = {path: i for i, path in enumerate(whole.paths)}, of(whole)
         features = [features[[rows[path] for path in part.paths]] for part in (self.data.train, self.data.test)]
     self.seconds["features"] = perf_counter() - started

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['trial', 'search_settings']
 
-# %% ../../nbs/64_search.ipynb #0cc47c2f
+# %% ../../nbs/64_search.ipynb #0d614228
+import json
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,36 +17,38 @@ from .rows import Row, settings_for
 from .runner import Run
 from ..files import write_atomically
 
-# %% ../../nbs/64_search.ipynb #40fa4fab
+# %% ../../nbs/64_search.ipynb #6a59407e
 def trial(row: Row, # method
           folds: tuple[int, ...], # seeds of the draws of held-out classes
-          metric: str = "R@1", # judged at the last epoch
           **settings, # for `settings_for`
-         ) -> float: # mean over folds
+         ) -> dict[str, float]: # Recall@1 and MAP@R of the last epoch, means over folds
     "Train on the rest of the training classes and judge on those held out."
     scores = []
     for fold in folds:
         with TemporaryDirectory() as folder:
             run = Run(row.id, settings_for(row, holdout=fold, **settings), 0, folder)
             learn = run.learner()
-            with learn.no_bar(), learn.no_logging(): scores.append(run.fit(learn)[metric].iloc[-1])
-    return sum(scores) / len(scores)
+            with learn.no_bar(), learn.no_logging(): scores.append(run.fit(learn)[["R@1", "MAP@R"]].iloc[-1])
+    return pd.DataFrame(scores).mean().to_dict()
 
-# %% ../../nbs/64_search.ipynb #bbb92158
+# %% ../../nbs/64_search.ipynb #88146068
 def search_settings(row: Row, # method
                     grid: dict[str, list], # setting -> values to try
                     path: str | Path, # CSV that receives a line a trial
                     folds: tuple[int, ...] = (0, 1), # seeds of the draws of held-out classes
-                    metric: str = "R@1", # judged at the last epoch
+                    metric: str = "R@1", # what the returned table is sorted by
                     **common, # data set, backbone, regime and settings common to all trials
                    ) -> pd.DataFrame: # the trials, best first
     "Try every combination of a grid on held-out training classes."
-    path = Path(path)
+    path, mine = Path(path), []
     lines = pd.read_csv(path).to_dict("records") if path.exists() else []
-    done = {(line["method"], *(str(line[k]) for k in grid)) for line in lines if set(grid) <= set(line)}
+    done = {line.get("trial"): line for line in lines}
     for values in product(*grid.values()):
         chosen = dict(zip(grid, values))
-        if (row.method, *map(str, values)) in done: continue
-        lines.append(dict(method=row.method, **chosen, **{metric: trial(row, folds, metric, **common, **chosen)}))
-        write_atomically(path, lambda p: pd.DataFrame(lines).to_csv(p, index=False))
-    return pd.DataFrame([line for line in lines if line["method"] == row.method]).sort_values(metric, ascending=False, ignore_index=True)
+        name = json.dumps([row.id, folds, common | chosen], sort_keys=True)
+        if name not in done:
+            done[name] = dict(method=row.method, **chosen, **trial(row, folds, **common, **chosen), trial=name)
+            lines.append(done[name])
+            write_atomically(path, lambda p: pd.DataFrame(lines).to_csv(p, index=False))
+        mine.append(done[name])
+    return pd.DataFrame(mine).drop(columns="trial").sort_values(metric, ascending=False, ignore_index=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['composite_similarity', 'calibration', 'CalibrateProxyLoss', 'cp_proxy_anchor', 'deviation']
 
-# %% ../../nbs/37_losses.calibrate.ipynb #b3e05136
+# %% ../../nbs/37_losses.calibrate.ipynb #4fd53208
 from typing import Callable
 
 import torch
@@ -15,14 +15,14 @@ from fastcore.basics import patch
 from .core import DMLLoss, check_at_least, register
 from .proxy import init_proxies, multi_proxy_similarity, proxy_anchor
 from ..memory import ClassQueues
-from ..similarity import unit, unknown
+from ..similarity import euclidean, unit, unknown
 
-# %% ../../nbs/37_losses.calibrate.ipynb #726ab102
+# %% ../../nbs/37_losses.calibrate.ipynb #075ecc26
 def composite_similarity(sim_BC: Tensor, # (B, C) similarity with the proxies
                          embeddings: Tensor, # (B, D)
                          memory: ClassQueues, # the global centres
                          weight: float = 1., # weight of the global centre
-                         combine: str = "sum", # "sum" (the paper) or "average" of the two similarities
+                         combine: str = "sum", # "sum" (the paper) or "average": the sum divided by `1 + weight`, for all classes alike
                         ) -> Tensor: # (B, C)
     "Similarity with proxies and global centre (CP Eqs. 2 and 3); an empty queue adds 0."
     sim_BC = sim_BC + weight * (unit(embeddings) @ memory.mean.to(embeddings.dtype).T)
@@ -69,14 +69,15 @@ class CalibrateProxyLoss(DMLLoss):
         self.proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
         self.global_center = ClassQueues(num_classes, embedding_size, capacity)
 
-# %% ../../nbs/37_losses.calibrate.ipynb #a1c398b9
+# %% ../../nbs/37_losses.calibrate.ipynb #4a6b61b3
 @patch
 def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "Eq. 6: the host loss on the composite similarity plus the weighted calibration."
-    sim_BC = multi_proxy_similarity(embeddings, self.proxies, self.proxy_temp)
+    proxies = self.proxies.to(embeddings.dtype)
+    sim_BC = multi_proxy_similarity(embeddings, proxies, self.proxy_temp)
     if self.epoch < self.start_epoch: return self.host(sim_BC, labels)
     sim_BC = composite_similarity(sim_BC, embeddings, self.global_center, self.center_weight, self.combine)
-    return self.host(sim_BC, labels) + self.calib_lambda * calibration(self.proxies, self.global_center, self.calib_class, self.calib_dim)
+    return self.host(sim_BC, labels) + self.calib_lambda * calibration(proxies, self.global_center, self.calib_class, self.calib_dim)
 
 # %% ../../nbs/37_losses.calibrate.ipynb #6cd8513e
 @patch
@@ -112,7 +113,7 @@ def cp_proxy_anchor(num_classes: int, # C
     return CalibrateProxyLoss(num_classes, embedding_size, partial(proxy_anchor, alpha=alpha, delta=delta), proxies_per_class, proxy_temp,
                               capacity, start_epoch, fill_from, calib_lambda, center_weight, combine, calib_class, calib_dim)
 
-# %% ../../nbs/37_losses.calibrate.ipynb #0df1ad0b
+# %% ../../nbs/37_losses.calibrate.ipynb #825f0670
 @torch.no_grad()
 def deviation(embeddings: Tensor, # (N, D) embeddings of all training images, not augmented
               labels: Tensor, # (N,) class ids
@@ -122,7 +123,8 @@ def deviation(embeddings: Tensor, # (N, D) embeddings of all training images, no
     z, w_CKD = unit(embeddings), unit(proxies if proxies.ndim == 3 else proxies[:, None]).to(embeddings)
     count_C = torch.bincount(labels, minlength=len(w_CKD))
     center_CD = torch.zeros_like(w_CKD[:, 0]).index_add_(0, labels, z) / count_C.clamp_min(1)[:, None]
-    pair_N = (z[:, None] - w_CKD[labels]).norm(dim=2).mean(1)
+    sim_NK = torch.cat([(z_part[:, None] @ w_CKD[y_part].transpose(1, 2))[:, 0] for z_part, y_part in zip(z.split(1024), labels.split(1024))])
+    pair_N = euclidean(sim_NK).mean(1)
     pair_C = torch.zeros_like(count_C, dtype=z.dtype).index_add_(0, labels, pair_N) / count_C.clamp_min(1)
     seen = count_C > 0
     return dict(center=(center_CD - w_CKD.mean(1)).norm(dim=1)[seen].mean().item(), pairwise=pair_C[seen].mean().item())

@@ -47,11 +47,12 @@ def forward(self: DMLLoss,
     if not len(embeddings): return embeddings.sum() * 0
     return self.compute(embeddings, labels.long())
 
-# %% ../../nbs/30_losses.core.ipynb #7fb338d4
+# %% ../../nbs/30_losses.core.ipynb #7df6bbd1
 def check_at_least(**values: tuple[float, float] # name=(value, smallest allowed)
                   ):
-    "Raise `ValueError` for the first value below its limit."
+    "Raise `ValueError` for the first value that is not a number or below its limit."
     for name, (value, least) in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value: raise ValueError(f"{name} must be a number, got {value!r}.")
         if value < least: raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 # %% ../../nbs/30_losses.core.ipynb #bb371650

@@ -46,7 +46,7 @@ def init_proxies(num_classes: int, # C
     table = torch.empty(num_classes*proxies_per_class, embedding_size)
     return nn.Parameter(nn.init.kaiming_normal_(table, mode="fan_out").view(num_classes, proxies_per_class, embedding_size))
 
-# %% ../../nbs/36_losses.proxy.ipynb #4eb6f4ef
+# %% ../../nbs/36_losses.proxy.ipynb #986133b4
 @register("proxy_anchor")
 class ProxyAnchorLoss(DMLLoss):
     "Proxy Anchor (Kim et al., CVPR 2020), optionally with several proxies a class."
@@ -67,5 +67,5 @@ class ProxyAnchorLoss(DMLLoss):
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "Similarity to the proxies of each class, then Eq. 4."
-        proxies = self.proxies if self.proxies.ndim == 3 else self.proxies[:, None]
+        proxies = (self.proxies if self.proxies.ndim == 3 else self.proxies[:, None]).to(embeddings.dtype)
         return proxy_anchor(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels, self.alpha, self.delta)

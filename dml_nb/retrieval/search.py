@@ -63,7 +63,7 @@ def _search_faiss(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tenso
     scores, by_score = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
     return scores, ids.gather(1, order).gather(1, by_score)
 
-# %% ../../nbs/40_retrieval.search.ipynb #86caa092
+# %% ../../nbs/40_retrieval.search.ipynb #840ccbfb
 def search(query: Tensor, # (Q, D)
            gallery: Tensor, # (N, D)
            k: int, # how many neighbours, 1...N (1...N-1 with `exclude_self`)
@@ -74,6 +74,7 @@ def search(query: Tensor, # (Q, D)
     "Exact k nearest gallery rows of each query by cosine similarity, ties by lower id."
     if backend not in ("torch", "faiss"): raise unknown("backend", backend, ("torch", "faiss"))
     check_pair(query, gallery)
+    if exclude_self and len(query) != len(gallery): raise ValueError(f"exclude_self needs query and gallery to be the same rows, got {len(query)} and {len(gallery)}.")
     most = len(gallery) - exclude_self
     if not 1 <= k <= most: raise ValueError(f"k must lie in 1...{most} for a gallery of {len(gallery)}, got {k}.")
     if backend == "faiss":
