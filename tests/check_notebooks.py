@@ -9,6 +9,7 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
+import nbformat
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,9 @@ def state() -> dict[str, str]:
 
 
 def readme() -> str:
-    text, _ = MarkdownExporter().from_filename(str(ROOT / "nbs" / "index.ipynb"))
+    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    notebook.metadata.language_info = {"name": "python"}
+    text, _ = MarkdownExporter().from_notebook_node(notebook)
     return text.replace("](../", "](").strip() + "\n"
 
 

@@ -46,7 +46,7 @@ def percent(values, # one share a seed
     mean, half = interval(values)
     return f"{100*mean:.1f}" + ("" if np.isnan(half) else f" ± {100*half:.1f}")
 
-# %% ../../nbs/63_report.ipynb #2eab4430
+# %% ../../nbs/63_report.ipynb #20efa590
 def summarise(results: list[dict], # from `load_results`
               metrics: tuple[str, ...] = ("R@1", "MAP@R"), # what to show
              ) -> pd.DataFrame: # a line for each row and setting
@@ -56,10 +56,11 @@ def summarise(results: list[dict], # from `load_results`
     for r in results: groups.setdefault((r["table"], r["row"], json.dumps(r["settings"], sort_keys=True)), []).append(r)
     for (table, row, _), group in groups.items():
         first, s = group[0], group[0]["settings"]
+        same_data = row.split("/")[1].startswith(f"{s['dataset']}-")
         line = {"table": table, "method": first["method"], "setting": f"{s['dataset']}, {s['backbone']}, {s['regime']}, {s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g}{'' if s.get('holdout') is None else ', HELD-OUT TRAINING CLASSES'})", "seeds": len(group)}
         for m in metrics:
             best = [r["best"][m] for r in group]
-            line |= {f"{m} best": percent(best), f"{m} last": percent([r["last"][m] for r in group]), f"{m} claimed by the paper": first["claimed"].get(m, "")}
+            line |= {f"{m} best": percent(best), f"{m} last": percent([r["last"][m] for r in group]), f"{m} claimed by the paper": first["claimed"].get(m, "") if same_data else ""}
             line[f"{m} difference"] = f"{100*np.mean(best) - float(first['claimed'][m]):+.1f}" if first["own_setting"] and first["claimed"].get(m, "-") != "-" else "other setting"
         lines.append(line)
     return pd.DataFrame(lines)
@@ -80,7 +81,7 @@ def plot_results(results: list[dict], # from `load_results`
     fig.tight_layout(rect=(0, .08, 1, 1))
     return fig
 
-# %% ../../nbs/63_report.ipynb #1af664ca
+# %% ../../nbs/63_report.ipynb #4ea375e0
 def write_report(results: list[dict], # from `load_results`
                  out: str | Path, # folder that receives the files
                  name: str = "report", # their name without suffix
@@ -89,7 +90,7 @@ def write_report(results: list[dict], # from `load_results`
     summary, out = summarise(results), Path(out)
     figure = plot_results(results)
     plt.close(figure)
-    forms = dict(md=lambda p: p.write_text(summary.to_markdown(index=False) + "\n"), csv=lambda p: summary.to_csv(p, index=False),
+    forms = dict(md=lambda p: p.write_text(summary.to_markdown(index=False, disable_numparse=True) + "\n"), csv=lambda p: summary.to_csv(p, index=False),
                  html=lambda p: p.write_text(summary.to_html(index=False, border=0)), png=lambda p: figure.savefig(p, dpi=100, format="png"))
     for suffix, write in forms.items(): write_atomically(out/f"{name}.{suffix}", write)
     return [out/f"{name}.{suffix}" for suffix in forms]
