@@ -65,7 +65,7 @@ def summarise(results: list[dict], # from `load_results`
         lines.append(line)
     return pd.DataFrame(lines)
 
-# %% ../../nbs/63_report.ipynb #5d94d1c0
+# %% ../../nbs/63_report.ipynb #73317fab
 def plot_results(results: list[dict], # from `load_results`
                  metrics: tuple[str, ...] = ("R@1", "MAP@R"), # a panel each
                 ) -> Figure: # dots with 95 % intervals over seeds
@@ -74,7 +74,7 @@ def plot_results(results: list[dict], # from `load_results`
     def bounds(values): return tuple(np.add(values.mean(), np.nan_to_num([-interval(values)[1], interval(values)[1]])))
     fig, axes = plt.subplots(1, len(metrics), figsize=(4.5*len(metrics), 1.4 + .45*frame.method.nunique()), sharey=True, squeeze=False)
     for ax, m in zip(axes[0], metrics):
-        sns.pointplot(frame[frame.metric == m], y="method", x="percent", hue="setting", errorbar=bounds, linestyle="none", dodge=.4, capsize=.15, err_kws=dict(linewidth=1.5), ax=ax)
+        sns.pointplot(frame[frame.metric == m], y="method", x="percent", hue="setting", errorbar=bounds, linestyle="none", dodge=.4 if frame.setting.nunique() > 1 else False, capsize=.15, err_kws=dict(linewidth=1.5), ax=ax)
         ax.set(title=f"{m} in percent, best epoch", xlabel="", ylabel=""); ax.grid(axis="x", alpha=.3); ax.get_legend().remove()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
