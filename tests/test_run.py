@@ -33,7 +33,9 @@ def test_a_run_leaves_what_it_promises_and_is_done_once(dml_nb, glyph_folder):
 
 def test_ctrl_c_leaves_no_result_and_the_next_call_finishes(dml_nb, glyph_folder):
     args = ["run", "CP + PA K=3", "--dataset", str(glyph_folder), *TINY, "--set", "epochs=60"]
-    process = subprocess.Popen([dml_nb.command, *args], cwd=dml_nb.folder, env=dml_nb.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # a job in the background inherits an ignored SIGINT; at a terminal it is not ignored
+    process = subprocess.Popen([dml_nb.command, *args], cwd=dml_nb.folder, env=dml_nb.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     checkpoints, deadline = [], time.monotonic() + 120
     while not checkpoints and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
