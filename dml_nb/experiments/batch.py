@@ -61,7 +61,7 @@ def _clean(notebook: Path):
             if output.output_type == "stream": output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
     nbformat.write(nb, notebook)
 
-# %% ../../nbs/62_batch.ipynb #c6a25af3
+# %% ../../nbs/62_batch.ipynb #70db5193
 class RunFailed(RuntimeError): "A row notebook raised; its executed copy is kept as `failed.ipynb`."
 
 def execute(row: Row, # what to run
@@ -80,7 +80,7 @@ def execute(row: Row, # what to run
     os.environ |= dict(DML_NB_DATA=str(data_root().resolve()), DML_NB_CACHE=str(cache_root().resolve()), JUPYTER_PREFER_ENV_PATH="1")
     notebook = folder/"run.tmp.ipynb"
     for stale in ("measured.json", "failed.ipynb"): (folder/stale).unlink(missing_ok=True)
-    try: execute_notebook(str(template()), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"])
+    try: execute_notebook(str(template()), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder), extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as e:
         os.replace(notebook, folder/"failed.ipynb")
         raise RunFailed(f"{row.id}, seed {seed}: {e.ename}: {e.evalue} (see {folder/'failed.ipynb'})") from e
