@@ -101,10 +101,10 @@ def data(name: Annotated[str, typer.Argument(help="Name of a data set, or a fold
     except (ValueError, OSError) as e: fail(e)
     typer.echo(f"{loaded}\n  checksum {loaded.checksum}")
 
-# %% ../nbs/70_cli.ipynb #b42ca171
+# %% ../nbs/70_cli.ipynb #4368b1da
 @app.command(epilog="Example: dml_nb quickstart --out quickstart")
 def quickstart(out: Out = Path("quickstart"),
-               epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 4):
+               epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3):
     "Train Proxy Anchor and CP + Proxy Anchor on glyphs and compare them."
     typer.echo("Two methods on glyphs, a small network trained from nothing, about a minute each on two cores.")
     run(["PA multi-proxy K=1 w/o CP", "CP + PA K=3"], dataset="glyphs", backbone="small_cnn", set=[f"epochs={epochs}"], out=out)
