@@ -14,7 +14,8 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 quickstart: $(STAMP) ## train two methods on glyphs and compare them
 	$(BIN)/dml_nb quickstart
 
-test: $(STAMP) ## notebooks and modules agree, notebooks are clean, every notebook and every test passes
+test: $(STAMP) ## modules name only what they import, agree with clean notebooks; every notebook and every test passes
+	$(BIN)/ruff check --quiet dml_nb tests
 	$(BIN)/python tests/check_notebooks.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q

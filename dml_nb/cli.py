@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Out', 'fail', 'parse_settings', 'parse_seeds', 'rows', 'run', 'report', 'data', 'quickstart']
 
-# %% ../nbs/70_cli.ipynb #405b0d93
+# %% ../nbs/70_cli.ipynb #0315c542
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 

@@ -6,7 +6,7 @@
 __all__ = ['Row', 'recipes', 'slug', 'all_rows', 'is_folder', 'missing', 'find_rows', 'check_settings', 'settings_for',
            'own_setting']
 
-# %% ../../nbs/60_rows.ipynb #02ccdff5
+# %% ../../nbs/60_rows.ipynb #5152c0ea
 import json
 import re
 from csv import DictReader
@@ -16,7 +16,7 @@ from inspect import signature
 from pathlib import Path
 
 from ..data import list_datasets
-from ..losses import core, list_losses
+from ..losses import core
 from ..models import list_backbones
 from ..models.embedder import POOLS
 from ..similarity import unknown

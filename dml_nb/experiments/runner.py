@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'environment', 'peak_memory_mb']
 
-# %% ../../nbs/61_runner.ipynb #e66511d5
+# %% ../../nbs/61_runner.ipynb #ef7047c0
 import json
 import os
 import platform
@@ -28,10 +28,10 @@ from .rows import all_rows, own_setting
 from ..files import write_atomically
 from ..learner import DMLLearner, dml_learner, feature_dls, image_dls
 from ..losses import create_loss
-from ..models import create_backbone, create_embedder
+from ..models import create_embedder
 from ..models.embedder import EmbeddingHead
 from ..models.features import cached_features, embed
-from ..retrieval.view import plot_history, plot_retrieval
+from ..retrieval.view import plot_retrieval
 from ..similarity import unknown
 
 # %% ../../nbs/61_runner.ipynb #9c572efa

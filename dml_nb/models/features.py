@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CPU_PART', 'DTYPES', 'embed', 'weights_hash', 'images_hash', 'feature_facts', 'cached_features']
 
-# %% ../../nbs/22_models.features.ipynb #cce86cf0
+# %% ../../nbs/22_models.features.ipynb #3ad06cdd
 import hashlib
 import json
 import os
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..data.datasets import ImageSet, cache_root
 from ..data.loaders import InputSpec, eval_loader, image_transform
+from ..files import write_atomically
 from .embedder import POOLS, create_backbone
 from ..similarity import unknown
 
