@@ -1,13 +1,14 @@
 "What every loss of the registry promises."
 
-import warnings
+import os
+from inspect import signature
 
 import pytest
 import torch
 
-from dml_nb.golden import fixture, golden
 from dml_nb.learner import dml_learner, feature_dls
-from dml_nb.losses import create_loss, list_losses
+from dml_nb.losses import core, create_loss, list_losses
+from dml_nb.losses.pairwise import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
 
 C, D = 7, 16
@@ -15,10 +16,6 @@ SCHEDULED = {"start_epoch": 0}
 
 
 def build(name: str, **sizes):
-    from inspect import signature
-
-    from dml_nb.losses import core
-
     takes = signature(core._registry[name]).parameters
     params = {k: v for k, v in SCHEDULED.items() if k in takes}
     torch.manual_seed(0)
@@ -30,6 +27,20 @@ def batch(size: int = 24, dtype=torch.float32):
     return torch.randn(size, D, generator=generator, dtype=torch.float64).to(dtype), torch.randint(0, C, (size,), generator=generator)
 
 
+def value_of(loss, x, y):
+    "The loss with the same random draws at every call."
+    torch.manual_seed(2)
+    return loss(x, y)
+
+
+def is_random(loss, x, y) -> bool:
+    values = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        values.add(round(loss(x, y).item(), 9))
+    return len(values) > 1
+
+
 def fill(loss, dtype=torch.float32):
     if hasattr(loss, "remember"):
         loss.remember(*batch(50, dtype))
@@ -39,13 +50,18 @@ def fill(loss, dtype=torch.float32):
 @pytest.mark.parametrize("name", list_losses())
 def test_gradient_in_float64(name):
     loss = fill(build(name).double(), torch.float64)
+    if not loss.exact_gradient:
+        pytest.skip("a part of the gradient is held back or reversed on purpose; the notebook checks what remains")
     x, y = batch(8, torch.float64)
     names, values = zip(*loss.named_parameters()) if list(loss.parameters()) else ((), ())
 
     def value(x, *params):
+        torch.manual_seed(2)
         return torch.func.functional_call(loss, dict(zip(names, params)), (x, y))
 
-    assert torch.autograd.gradcheck(value, (x.requires_grad_(), *(v.detach().clone().requires_grad_() for v in values)))
+    leaves = [x.requires_grad_(), *(v.detach().clone().requires_grad_() for v in values)]
+    # with many numbers, random directions are compared instead of every partial derivative
+    assert torch.autograd.gradcheck(value, leaves, fast_mode=sum(v.numel() for v in leaves) > 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -56,11 +72,11 @@ def test_half_precision_with_hard_duplicates(name, dtype, autocast):
     x[100:150], y[100:150] = x[0], y[0]
     x[150:200] = x[0]
     x = x.to(dtype)
-    exact = fill(build(name).double(), torch.float64)(x.double(), y).item()
+    exact = value_of(fill(build(name).double(), torch.float64), x.double(), y).item()
     loss = fill(build(name))
     x = x.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        value = loss(x, y)
+        value = value_of(loss, x, y)
     value.backward()
     assert value.dtype == torch.float32 and x.grad.isfinite().all()
     assert value.item() == pytest.approx(exact, rel=1e-3)
@@ -82,7 +98,9 @@ def test_degenerate_batches(name, labels):
 @pytest.mark.parametrize("name", list_losses())
 def test_gradient_reaches_every_parameter_and_the_optimiser_has_them(name):
     loss = fill(build(name))
-    loss(*batch(200)).backward()
+    x, y = batch(200)
+    loss(x.requires_grad_(), y).backward()
+    assert x.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.parameters())
     x, y = batch()
     learn = dml_learner(feature_dls(x, y, x, y, batch_size=12), EmbeddingHead(D, D), loss)
@@ -97,17 +115,48 @@ def test_state_dict_round_trip(name):
     twin.load_state_dict(loss.state_dict())
     x, y = batch()
     for _ in range(3):
-        assert twin(x, y).item() == loss(x, y).item()
+        assert value_of(twin, x, y).item() == value_of(loss, x, y).item()
         for each in (loss, twin):
             if hasattr(each, "remember"):
                 each.remember(x, y)
 
 
 @pytest.mark.parametrize("name", list_losses())
-def test_unit_vectors_give_the_same_value(name):
+def test_unit_vectors_give_the_same_value_unless_the_loss_says_otherwise(name):
     loss = fill(build(name).double(), torch.float64)
     x, y = batch(dtype=torch.float64)
-    assert loss(torch.nn.functional.normalize(x), y).item() == pytest.approx(loss(x, y).item(), rel=1e-12)
+    same = value_of(loss, torch.nn.functional.normalize(x), y).item() == pytest.approx(value_of(loss, x, y).item(), rel=1e-12)
+    assert same == loss.normalised
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_order_of_the_batch_and_names_of_classes_do_not_matter(name):
+    loss = fill(build(name).double(), torch.float64)
+    x, y = batch(dtype=torch.float64)
+    if is_random(loss, x, y):
+        pytest.skip("draws pairs at random")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    expected = value_of(loss, x, y).item()
+    assert value_of(loss, x[order], y[order]).item() == pytest.approx(expected, rel=1e-10)
+    if not list(loss.parameters()) and not list(loss.buffers()):
+        assert value_of(loss, x, (y + 3) % C).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_compiled_gives_the_same_value(name):
+    # "aot_eager" traces forward and backward as compilation does, without half a minute of code generation for each loss
+    backend = os.environ.get("DML_NB_COMPILE", "aot_eager")
+    loss = fill(build(name))
+    x, y = batch()
+    if is_random(loss, x, y):
+        pytest.skip("draws pairs at random")
+    grads = []
+    for each in (loss, torch.compile(loss, backend=backend)):
+        leaf = x.clone().requires_grad_()
+        value = value_of(each, leaf, y)
+        grads.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    torch.compiler.reset()
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list_losses())
@@ -115,9 +164,12 @@ def test_bad_input_is_named(name):
     loss = build(name)
     x, y = batch()
     for bad, word in [((x[0], y), "shape"), ((x, y[:-1]), "labels"), ((x, y.float()), "integers"), ((x.index_fill(0, torch.tensor([3]), float("nan")), y), "row 3"),
-                      ((x.index_fill(0, torch.tensor([3]), float("inf")), y), "row 3"), ((x[:, :-1], y), "embedding_size")]:
+                      ((x.index_fill(0, torch.tensor([3]), float("inf")), y), "row 3")]:
         with pytest.raises(ValueError, match=word):
             loss(*bad)
+    if loss.embedding_size:
+        with pytest.raises(ValueError, match="embedding_size"):
+            loss(x[:, :-1], y)
     if loss.num_classes:
         with pytest.raises(ValueError, match=f"label {C} is outside"):
             loss(x, y.clamp_min(C))
@@ -134,16 +186,31 @@ def test_same_value_on_the_gpu(name):
     assert loss.cuda()(x.cuda(), y.cuda()).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pytorch_metric_learning_agrees_on_proxy_anchor():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
-    fix = fixture()
-    theirs = losses.ProxyAnchorLoss(5, 8).double()
-    theirs.proxies.data = fix.proxies.clone()
-    ours = create_loss("proxy_anchor", num_classes=5, embedding_size=8).double()
-    ours.proxies.data = fix.proxies.clone()
-    x = fix.embeddings.clone().requires_grad_()
-    assert ours(x, fix.labels).item() == pytest.approx(golden("Proxy Anchor"), rel=1e-12)
-    grads = [torch.autograd.grad(loss(x, fix.labels), x)[0] for loss in (ours, theirs)]
-    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+SCALES = ("scale", "scale_x", "scale_p", "gamma", "alpha", "temperature", "proxy_temp", "sigma", "proxies_per_class", "num_proxies", "capacity", "nodes", "num_classes", "embedding_size")
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_impossible_parameters_are_named(name):
+    takes = signature(core._registry[name]).parameters
+    for key in SCALES:
+        unused = key in ("num_classes", "embedding_size") and key in takes and takes[key].default is None
+        if key in takes and not unused and (name, key) not in {("ranked_list", "alpha"), ("lifted_structure", "alpha")}:  # a border, a margin
+            with pytest.raises(ValueError, match=key):
+                create_loss(name, **(dict(num_classes=C, embedding_size=D) | {key: -1}))
+
+
+class Nothing(torch.nn.Module):
+    def mine(self, sim_BN, pos_BN, neg_BN):
+        return torch.zeros_like(pos_BN), torch.zeros_like(neg_BN)
+
+
+@pytest.mark.parametrize("name", [name for name in list_losses() if isinstance(build(name), PairLoss)])
+def test_a_miner_that_returns_nothing_gives_zero(name):
+    x, y = batch()
+    x.requires_grad_()
+    nothing = tuple(torch.zeros(0, dtype=torch.long) for _ in range(4))
+    values = [build(name)(x, y, indices_tuple=nothing)]
+    if "miner" in signature(core._registry[name]).parameters:
+        values.append(create_loss(name, C, D, miner=Nothing())(x, y))
+    for value in values:
+        assert value.item() == 0 and torch.autograd.grad(value, x)[0].abs().sum() == 0

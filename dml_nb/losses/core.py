@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..similarity import check_embeddings, check_labels, in_float32, unknown
 
-# %% ../../nbs/30_losses.core.ipynb #1102a17f
+# %% ../../nbs/30_losses.core.ipynb #461204b8
 class DMLLoss(nn.Module):
     "Base of every loss: checks its input, computes in float32, counts the anchors that took part."
     num_classes: int | None = None
     embedding_size: int | None = None
     normalised: bool = True # unit vectors and raw vectors give the same value
+    exact_gradient: bool = True # False where the paper holds back or reverses a part of the gradient
     epoch: int = 0
     active: int | Tensor = 0
 

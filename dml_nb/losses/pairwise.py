@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['to_masks', 'to_indices', 'PairLoss', 'pair_weights']
 
-# %% ../../nbs/30a_losses.pairwise.ipynb #3c5aba78
+# %% ../../nbs/30a_losses.pairwise.ipynb #20ecf3bd
 import torch
 from torch import Tensor, nn
 
 from .core import DMLLoss
-from ..similarity import check_embeddings, check_labels, match_masks, unit
+from ..similarity import check_embeddings, check_labels, gram, match_masks, unit
 
 # %% ../../nbs/30a_losses.pairwise.ipynb #45366fb6
 def to_masks(indices: tuple[Tensor, ...], # (a1, p, a2, n) pairs or (a, p, n) triplets
@@ -32,14 +32,17 @@ def to_indices(pos_BN: Tensor, # (B, N) boolean mask of positives
     "The index tuple of two masks."
     return (*pos_BN.nonzero(as_tuple=True), *neg_BN.nonzero(as_tuple=True))
 
-# %% ../../nbs/30a_losses.pairwise.ipynb #493018b2
+# %% ../../nbs/30a_losses.pairwise.ipynb #0f0eb222
 class PairLoss(DMLLoss):
     "Base of the losses that are a function of similarities and matches."
     def __init__(self,
-                 miner: nn.Module | None = None, # from `dml_nb.losses.mining`; None: all pairs
+                 miner: nn.Module | str | None = None, # from `dml_nb.losses.mining`, or its name there; None: all pairs
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
         super().__init__()
+        if isinstance(miner, str):
+            from dml_nb.losses.mining import create_miner # the miners stand on this module, so it cannot import them first
+            miner = create_miner(miner)
         if miner is not None and not (hasattr(miner, "mine") or hasattr(miner, "triplets")):
             raise ValueError(f"miner must have mine(sim, pos, neg) or triplets(sim, pos, neg), got {type(miner).__name__}: call other packages' miners yourself and pass indices_tuple.")
         self.miner, self.self_eps = miner, self_eps
@@ -47,7 +50,7 @@ class PairLoss(DMLLoss):
     def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor: # (B, N)
         "Cosine; a loss on raw vectors replaces it."
         anchors = unit(embeddings)
-        return anchors @ (anchors if refs is embeddings else unit(refs)).T
+        return gram(anchors) if refs is embeddings else anchors @ unit(refs).T
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
         "The formula; each loss writes its own."
@@ -56,7 +59,7 @@ class PairLoss(DMLLoss):
 # %% ../../nbs/30a_losses.pairwise.ipynb #fe364618
 from fastcore.basics import patch
 
-# %% ../../nbs/30a_losses.pairwise.ipynb #9c46b6b1
+# %% ../../nbs/30a_losses.pairwise.ipynb #a1a2b4d3
 @patch
 def compute(self: PairLoss,
             embeddings: Tensor, # (B, D)
@@ -70,6 +73,7 @@ def compute(self: PairLoss,
     if ref_emb is not None:
         check_embeddings(ref_emb, embeddings.shape[1])
         check_labels(ref_labels, len(ref_emb))
+        if not len(ref_emb): return embeddings.sum() * 0
     sim_BN = self.similarity(embeddings, embeddings if ref_emb is None else ref_emb.to(embeddings.dtype))
     pos_BN, neg_BN = match_masks(labels, ref_labels)
     if self.self_eps is not None: pos_BN = pos_BN & (sim_BN < 1 - self.self_eps)

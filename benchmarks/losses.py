@@ -1,0 +1,211 @@
+"""Forward and backward of every loss, beside pytorch-metric-learning's where it has the same loss.
+
+    python benchmarks/losses.py                         # all of it, about half an hour on two cores
+    python benchmarks/losses.py --losses circle triplet --batches 120 512
+
+Each case runs in a process of its own. There, calls of both packages alternate, and medians are compared, so that a
+slow moment of the machine hits both. Peak memory is what the process needed beyond its state before the first call,
+measured in further processes, one for each package. Batches hold 8 images a class; embeddings have 512 dimensions.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import warnings
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import geometric_mean, median
+from time import perf_counter
+
+import torch
+
+D, PER_CLASS = 512, 8
+LIMIT_S, LIMIT_GB = 150, 10
+HERE = Path(__file__).parent
+
+# our loss: (our parameters, their class, their parameters); C and D are added where the signature has them
+PEERS = {
+    "contrastive": (dict(variant="pml"), "ContrastiveLoss", {}),
+    "multi_similarity": (dict(mining_eps=None), "MultiSimilarityLoss", {}),
+    "circle": ({}, "CircleLoss", {}),
+    "triplet": (dict(rule="all", squared=False, reduction="active"), "TripletMarginLoss", dict(margin=.2)),
+    "margin": (dict(rule="all"), "MarginLoss", {}),
+    "npair": (dict(preset="pml"), "NPairsLoss", {}),
+    "angular": (dict(preset="pml"), "AngularLoss", {}),
+    "tuplet_margin": ({}, "TupletMarginLoss", {}),
+    "intra_pair_variance": ({}, "IntraPairVarianceLoss", {}),
+    "lifted_structure": (dict(normalize=True), "LiftedStructureLoss", {}),
+    "nca": ({}, "NCALoss", {}),
+    "histogram": ({}, "HistogramLoss", {}),
+    "ranked_list": (dict(preset="pml"), "RankedListLoss", dict(margin=.4, Tn=10)),
+    "norm_softmax": ({}, "NormalizedSoftmaxLoss", {}),
+    "cosface": ({}, "CosFaceLoss", {}),
+    "arcface": ({}, "ArcFaceLoss", {}),
+    "softtriple": ({}, "SoftTripleLoss", {}),
+    "proxy_nca": (dict(smoothing=0.), "ProxyNCALoss", {}),
+    "proxy_nca_pp": ({}, "ProxyNCALoss", dict(softmax_scale=9)),
+    "proxy_anchor": ({}, "ProxyAnchorLoss", {}),
+    "manifold_proxy": (dict(num_proxies=50), "ManifoldLoss", dict(l=D, K=50)),
+}
+
+
+def needs_classes(name: str) -> bool:
+    from inspect import signature
+
+    from dml_nb.losses import core
+
+    return "num_classes" in signature(core._registry[name]).parameters
+
+
+def ours(name, num_classes):
+    from dml_nb.losses import create_loss
+
+    params = PEERS.get(name, ({},))[0]
+    if name == "softtriple" and num_classes > 1000:
+        params = params | dict(proxies_per_class=2)  # the paper's value for Stanford Online Products
+    loss = create_loss(name, num_classes, D, **params)
+    loss.set_epoch(1000)
+    return loss
+
+
+def theirs(name, num_classes):
+    from inspect import signature
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pytorch_metric_learning import losses
+    if name not in PEERS:
+        return None
+    _, cls, params = PEERS[name]
+    takes = signature(getattr(losses, cls)).parameters
+    sizes = {k: v for k, v in dict(num_classes=num_classes, embedding_size=D).items() if k in takes}
+    if name == "softtriple" and num_classes > 1000:
+        params = params | dict(centers_per_class=2)
+    return getattr(losses, cls)(**sizes, **params)
+
+
+def data(batch, num_classes):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(batch // PER_CLASS).repeat_interleave(PER_CLASS) % num_classes
+    centers = torch.randn(num_classes, D, generator=generator)
+    return centers[labels] + torch.randn(batch, D, generator=generator), labels
+
+
+def step(loss, x, y):
+    start = perf_counter()
+    x = x.clone().requires_grad_()
+    loss(x, y).backward()
+    for p in loss.parameters():
+        p.grad = None
+    return perf_counter() - start
+
+
+def measure(name, batch, num_classes, who, budget=4.0):
+    "In a process of its own: medians in milliseconds, or the peak memory in MB of one package."
+    x, y = data(batch, num_classes)
+    both = {}
+    if who != "theirs":
+        both["ours"] = ours(name, num_classes)
+    if who != "ours" and (their := theirs(name, num_classes)) is not None:
+        both["theirs"] = their
+    if who in ("ours", "theirs"):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for loss in both.values():
+            step(loss, x, y)
+        return {"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    times = {key: [] for key in both}
+    for _ in range(2 if batch < 1000 else 1):
+        for loss in both.values():
+            step(loss, x, y)
+    start = perf_counter()
+    while perf_counter() - start < budget or min(map(len, times.values())) < 3:
+        for key, loss in both.items():
+            times[key].append(step(loss, x, y))
+        if perf_counter() - start > LIMIT_S / 2:
+            break
+    return {key: median(values) * 1000 for key, values in times.items()}
+
+
+def child(name, batch, num_classes, who):
+    "Measure in a fresh process; a word instead of numbers where it was stopped."
+    command = [sys.executable, __file__, "--child", json.dumps([name, batch, num_classes, who])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"over {LIMIT_S} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        return {"failed": f"over {LIMIT_GB} GB" if "alloc" in done.stderr or "MemoryError" in done.stderr else lines[-1][:120]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cases(names, batches, classes):
+    for name in names:
+        for batch in batches:
+            for num_classes in classes if needs_classes(name) else classes[:1]:
+                yield name, batch, num_classes
+
+
+def run(names, batches, classes):
+    for name, batch, num_classes in cases(names, batches, classes):
+        row = dict(loss=name, batch=batch, classes=num_classes if needs_classes(name) else "")
+        got = child(name, batch, num_classes, "both" if name in PEERS else "time")
+        if "failed" in got and name in PEERS:  # most likely theirs: a B x B x B table
+            row["note"] = got["failed"]
+            got = child(name, batch, num_classes, "time")
+        row |= dict(ours_ms=got.get("ours"), theirs_ms=got.get("theirs"), ours_mb=child(name, batch, num_classes, "ours").get("mb"))
+        if name in PEERS:
+            peak = child(name, batch, num_classes, "theirs")
+            row["theirs_mb"] = peak.get("mb")
+            row["note"] = f"theirs: {peak['failed']}" if "failed" in peak else row.get("note", "")
+        if "failed" in got:
+            row["note"] = f"ours: {got['failed']}"
+        yield row
+
+
+def line(row):
+    def show(value, unit): return f"{value:9.2f} {unit}" if value is not None else " " * 10 + "-" + " " * (len(unit))
+    ratio = f"{row['theirs_ms'] / row['ours_ms']:6.1f}x" if row.get("theirs_ms") and row.get("ours_ms") else "      -"
+    return f"{row['loss']:22}{row['batch']:6}{row['classes']!s:>7} {show(row['ours_ms'], 'ms')} {show(row.get('theirs_ms'), 'ms')} {ratio} {show(row['ours_mb'], 'MB')} {show(row.get('theirs_mb'), 'MB')}  {row.get('note', '')}"
+
+
+def main():
+    import pandas as pd
+
+    from dml_nb.losses import list_losses
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--losses", nargs="+", default=None, metavar="NAME")
+    parser.add_argument("--batches", nargs="+", type=int, default=[120, 512, 2048])
+    parser.add_argument("--classes", nargs="+", type=int, default=[100, 11318])
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, batch, num_classes, who = json.loads(args.child)
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GB * 2**30, LIMIT_GB * 2**30))
+        return print(json.dumps(measure(name, batch, max(num_classes, batch // PER_CLASS) if not needs_classes(name) else num_classes, who)))
+    unknown = set(args.losses or []) - set(list_losses())
+    if unknown:
+        parser.error(f"unknown loss {sorted(unknown)[0]!r}: known are {', '.join(list_losses())}")
+    print(f"{'loss':22}{'batch':>6}{'C':>7} {'ours':>12} {'theirs':>12} {'ratio':>7} {'ours peak':>12} {'theirs peak':>12}")
+    rows = []
+    for row in run(args.losses or list_losses(), args.batches, args.classes):
+        rows.append(row)
+        print(line(row), flush=True)
+    ratios = [r["theirs_ms"] / r["ours_ms"] for r in rows if r.get("theirs_ms") and r.get("ours_ms")]
+    if ratios:
+        print(f"geometric mean of {len(ratios)} ratios: {geometric_mean(ratios):.2f}x; slowest {min(ratios):.2f}x")
+    cpu = next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), platform.processor()) if sys.platform == "linux" else platform.processor()
+    file = args.out / f"losses-{torch.get_num_threads()}threads-torch{version('torch')}-pml{version('pytorch-metric-learning')}.csv"
+    args.out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).assign(cpu=cpu, threads=torch.get_num_threads(), torch=version("torch"), pml=version("pytorch-metric-learning"), date=str(date.today())).round(3).to_csv(file, index=False)
+    print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    main()
