@@ -16,12 +16,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/00_similarity.ipynb #9cfbfa1f
+# %% ../nbs/00_similarity.ipynb #3a2ddc95
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, eps):
+        z = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+        ctx.save_for_backward(x, z)
+        ctx.eps = eps
+        return z
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, z = ctx.saved_tensors
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        along = (grad*z).sum(-1, keepdim=True) * (norm > ctx.eps)
+        return torch.addcmul(grad, z, along, value=-1) / norm.clamp_min(ctx.eps), None
+
 def unit(x: Tensor, # (..., D) vectors
          eps: float = 1e-12, # norms below this are treated as `eps`, so that zero stays zero
         ) -> Tensor: # (..., D) vectors of length 1
     "Divide each vector by its Euclidean norm."
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
+    return _Unit.apply(x, eps)
 
 # %% ../nbs/00_similarity.ipynb #7dc148bd
 def cosine(a: Tensor, # (N, D) vectors

@@ -36,11 +36,11 @@ def agreement(chunk_Bd: Tensor, # (B, d) a chunk of the embedding
     "Mean squared product by coordinate of the unit vectors: how well the large coordinates were guessed."
     return (unit(chunk_Bd) * unit(predicted_Bd)).square().mean(1).mean()
 
-# %% ../../nbs/38_losses.adversarial.ipynb #188ee057
+# %% ../../nbs/38_losses.adversarial.ipynb #3aa7fd00
 @register("adversarial", mic=dict(hidden=512))
 class AdversarialLoss(DMLLoss):
     "Adversarial decorrelation of the chunks of an embedding; to be added to another loss."
-    gradient_is_reversed = True # by design the embeddings' gradient is minus that of the value
+    exact_gradient = False # the embeddings' gradient is minus that of the value, by design
     def __init__(self,
                  embedding_size: int, # D
                  chunks: int = 2, # parts of D/chunks consecutive coordinates
