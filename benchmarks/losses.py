@@ -17,11 +17,14 @@ import sys
 import warnings
 from datetime import date
 from importlib.metadata import version
+from inspect import Parameter, signature
 from pathlib import Path
 from statistics import geometric_mean, median
 from time import perf_counter
 
 import torch
+
+from dml_nb.losses import core, create_loss, list_losses
 
 D, PER_CLASS = 512, 8
 LIMIT_S, LIMIT_GB = 150, 10
@@ -45,7 +48,7 @@ PEERS = {
     "norm_softmax": ({}, "NormalizedSoftmaxLoss", {}),
     "cosface": ({}, "CosFaceLoss", {}),
     "arcface": ({}, "ArcFaceLoss", {}),
-    "softtriple": ({}, "SoftTripleLoss", {}),
+    "softtriple": (dict(tau=0.), "SoftTripleLoss", {}),
     "proxy_nca": (dict(smoothing=0.), "ProxyNCALoss", {}),
     "proxy_nca_pp": ({}, "ProxyNCALoss", dict(softmax_scale=9)),
     "proxy_anchor": ({}, "ProxyAnchorLoss", {}),
@@ -54,16 +57,11 @@ PEERS = {
 
 
 def needs_classes(name: str) -> bool:
-    from inspect import signature
-
-    from dml_nb.losses import core
-
-    return "num_classes" in signature(core._registry[name]).parameters
+    takes = signature(core._registry[name]).parameters
+    return "num_classes" in takes and takes["num_classes"].default is Parameter.empty
 
 
 def ours(name, num_classes):
-    from dml_nb.losses import create_loss
-
     params = PEERS.get(name, ({},))[0]
     if name == "softtriple" and num_classes > 1000:
         params = params | dict(proxies_per_class=2)  # the paper's value for Stanford Online Products
@@ -73,19 +71,20 @@ def ours(name, num_classes):
 
 
 def theirs(name, num_classes):
-    from inspect import signature
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pytorch_metric_learning import losses
     if name not in PEERS:
         return None
     _, cls, params = PEERS[name]
-    takes = signature(getattr(losses, cls)).parameters
-    sizes = {k: v for k, v in dict(num_classes=num_classes, embedding_size=D).items() if k in takes}
+    sizes = dict(num_classes=num_classes, embedding_size=D) if needs_classes(name) and cls != "ManifoldLoss" else {}
     if name == "softtriple" and num_classes > 1000:
         params = params | dict(centers_per_class=2)
-    return getattr(losses, cls)(**sizes, **params)
+    loss = getattr(losses, cls)(**sizes, **params)
+    if cls == "ManifoldLoss":  # takes the meta-class of each sample instead of its label
+        plain = loss.forward
+        loss.forward = lambda x, y: plain(x, indices_tuple=y % params["K"])
+    return loss
 
 
 def data(batch, num_classes):
@@ -110,7 +109,7 @@ def measure(name, batch, num_classes, who, budget=4.0):
     both = {}
     if who != "theirs":
         both["ours"] = ours(name, num_classes)
-    if who != "ours" and (their := theirs(name, num_classes)) is not None:
+    if who in ("both", "theirs") and (their := theirs(name, num_classes)) is not None:
         both["theirs"] = their
     if who in ("ours", "theirs"):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -153,15 +152,15 @@ def cases(names, batches, classes):
 def run(names, batches, classes):
     for name, batch, num_classes in cases(names, batches, classes):
         row = dict(loss=name, batch=batch, classes=num_classes if needs_classes(name) else "")
-        got = child(name, batch, num_classes, "both" if name in PEERS else "time")
+        got = child(name, batch, num_classes, "both")
         if "failed" in got and name in PEERS:  # most likely theirs: a B x B x B table
-            row["note"] = got["failed"]
+            row["note"] = f"theirs: {got['failed']}"
             got = child(name, batch, num_classes, "time")
         row |= dict(ours_ms=got.get("ours"), theirs_ms=got.get("theirs"), ours_mb=child(name, batch, num_classes, "ours").get("mb"))
         if name in PEERS:
             peak = child(name, batch, num_classes, "theirs")
             row["theirs_mb"] = peak.get("mb")
-            row["note"] = f"theirs: {peak['failed']}" if "failed" in peak else row.get("note", "")
+            row["note"] = row.get("note") or (f"theirs: {peak['failed']}" if "failed" in peak else "")
         if "failed" in got:
             row["note"] = f"ours: {got['failed']}"
         yield row
@@ -175,8 +174,6 @@ def line(row):
 
 def main():
     import pandas as pd
-
-    from dml_nb.losses import list_losses
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--losses", nargs="+", default=None, metavar="NAME")

@@ -6,16 +6,15 @@
 __all__ = ['VARIANTS', 'nca', 'neighbourhood', 'NCALoss', 'histogram', 'reverse_probability', 'HistogramLoss',
            'weighted_violation', 'RankedListLoss']
 
-# %% ../../nbs/34_losses.distributions.ipynb #fd734e6b
-from math import log
-
+# %% ../../nbs/34_losses.distributions.ipynb #1c5cdb52
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, relu, softplus
+from torch.nn.functional import softplus
 
 from .core import check_at_least, register
+from .pairs import distance, from_gradient
 from .pairwise import PairLoss
-from ..similarity import euclidean, masked_logsumexp, unknown
+from ..similarity import masked_logsumexp, unknown
 
 # %% ../../nbs/34_losses.distributions.ipynb #c8fb86d2
 def nca(sim_BN: Tensor, # (B, N) cosines
@@ -114,17 +113,21 @@ def pairs(self: HistogramLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -
     self.active = (pos_BN.any(1) | neg_BN.any(1)).sum() * (pos_BN.any() & neg_BN.any())
     return reverse_probability(histogram(sim_BN, pos_BN, self.nodes), histogram(sim_BN, neg_BN, self.nodes))
 
-# %% ../../nbs/34_losses.distributions.ipynb #8db6c6af
+# %% ../../nbs/34_losses.distributions.ipynb #b410bc35
+@torch.no_grad()
 def weighted_violation(violation_BN: Tensor, # (B, N) violations, 0 where none
                        temp: float, # T, sharpness of the weights
                        extra: float, # added to the sum of the weights
                        fixed: bool, # True: no gradient through the weights
-                      ) -> Tensor: # (B,)
+                      ) -> tuple[Tensor, Tensor]: # (B,) means, (B, N) their gradient
     "Mean of the violations of each row, weighted by `exp(T violation)`."
-    held_BN = violation_BN.detach() if fixed else violation_BN
-    exponent_BN = (temp*held_BN).masked_fill(violation_BN <= 0, torch.finfo(held_BN.dtype).min/4)
-    weight_BN = pad(exponent_BN, (0, 1), value=log(extra)).softmax(1)[:, :-1]
-    return (weight_BN * violation_BN).sum(1)
+    top_B1 = violation_BN.amax(1, keepdim=True)
+    share_BN = (violation_BN - top_B1).mul_(temp).exp_().masked_fill_(violation_BN <= 0, 0)
+    total_B1 = share_BN.sum(1, keepdim=True) + extra*(-temp*top_B1).exp()
+    share_BN /= total_B1.clamp_min(torch.finfo(share_BN.dtype).tiny)
+    mean_B1 = torch.linalg.vecdot(share_BN, violation_BN)[:, None]
+    if not fixed: share_BN *= (violation_BN - mean_B1).mul_(temp).add_(1)
+    return mean_B1[:, 0], share_BN
 
 # %% ../../nbs/34_losses.distributions.ipynb #0666a60c
 VARIANTS = ("paper", "pml", "cbml")
@@ -149,16 +152,18 @@ class RankedListLoss(PairLoss):
         self.margin, self.t_neg, self.t_pos, self.balance, self.variant = margin, t_neg, t_pos, balance, variant
         self.exact_gradient = variant != "paper" # there the weights count as constants
 
-# %% ../../nbs/34_losses.distributions.ipynb #4b2d2288
+# %% ../../nbs/34_losses.distributions.ipynb #fbd7659d
 @patch
 def pairs(self: RankedListLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
     "Mean over the anchors; one without violations counts 0."
-    tiny = torch.finfo(sim_BN.dtype)
-    dist_BN = euclidean(sim_BN, tiny.eps)
-    u_BN = relu(dist_BN - (self.alpha - self.margin)) * pos_BN.to(sim_BN)
-    v_BN = relu(self.alpha - dist_BN) * neg_BN.to(sim_BN)
-    extra = {"paper": tiny.tiny, "pml": 1e-5*sim_BN.shape[1], "cbml": 1e-5}[self.variant]
-    push_B = weighted_violation(v_BN, self.t_neg, extra, self.variant == "paper")
-    if self.variant == "cbml": return (u_BN.sum(1)/(pos_BN.to(sim_BN).sum(1) + extra) + push_B).mean()
-    pull_B = weighted_violation(u_BN, self.t_pos, extra, self.variant == "paper")
-    return ((1 - self.balance)*pull_B + self.balance*push_B).mean()
+    dist_BN, slope_BN = distance(sim_BN.detach())
+    u_BN = (dist_BN - (self.alpha - self.margin)).relu_().masked_fill_(~pos_BN, 0)
+    v_BN = (self.alpha - dist_BN).relu_().masked_fill_(~neg_BN, 0)
+    extra, fixed = {"paper": 0, "pml": 1e-5*sim_BN.shape[1], "cbml": 1e-5}[self.variant], self.variant == "paper"
+    (pull_B, pull_BN), (push_B, push_BN) = weighted_violation(u_BN, self.t_pos, extra, fixed), weighted_violation(v_BN, self.t_neg, extra, fixed)
+    share = 1 - self.balance, self.balance
+    if self.variant == "cbml": # all positives under one mean, both parts in full
+        number_B1, share = pos_BN.to(u_BN).sum(1, keepdim=True) + extra, (1, 1)
+        pull_B, pull_BN = u_BN.sum(1)/number_B1[:, 0], (u_BN > 0)/number_B1
+    value = (share[0]*pull_B + share[1]*push_B).mean()
+    return from_gradient(sim_BN, value, slope_BN.mul_(push_BN.mul_(share[1]/len(sim_BN)).sub_(pull_BN, alpha=share[0]/len(sim_BN))))
