@@ -44,7 +44,7 @@ PAIRS = {
     "triplet, hardest": ([dict(miner="hard", reduction="active")], lambda: mined(losses.TripletMarginLoss(0.2, distance=squared()), miners.BatchHardMiner())),
     "margin": ([dict(rule="all")], losses.MarginLoss, 1e-6),
     "npair": ([dict(preset="pml")], losses.NPairsLoss),
-    "npair, raw": ([dict(preset="proxy_anchor")], lambda: losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))),
+    "npair, raw": ([dict(preset="proxy_anchor_repo")], lambda: losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))),
     "tuplet_margin": ([dict()], lambda: losses.TupletMarginLoss(5.73, 64)),
     "intra_pair_variance": ([dict()], losses.IntraPairVarianceLoss),
     "nca": ([dict()], lambda: losses.NCALoss(1)),
@@ -158,3 +158,13 @@ def test_miners_choose_the_same(ours, theirs):
     for x, y in batches():
         mine, yours = (torch.stack(to_masks(miner(x, y), (len(x), len(x)))) for miner in (create_miner(ours[0], **ours[1]), theirs()))
         assert mine.equal(yours)
+
+
+def test_manifold_agrees():
+    # theirs inverts the matrix in float32
+    for x, y in batches():
+        ours = create_loss("manifold_proxy", **SIZES, num_proxies=C).double()
+        theirs = losses.ManifoldLoss(l=D, K=C).double()
+        ours.meta[:] = torch.arange(C)
+        ours.meta_proxies.data = theirs.proxies.detach().clone()
+        assert ours(x, y).item() == pytest.approx(theirs(x, indices_tuple=y).item(), rel=1e-5)

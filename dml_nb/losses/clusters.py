@@ -182,10 +182,11 @@ class FacilityLocationLoss(DMLLoss):
         self.gamma, self.gamma_decay, self.squared, self.nmi, self.sweeps = gamma, gamma_decay, squared, nmi, sweeps
         self.normalised = normalize
 
-# %% ../../nbs/34a_losses.clusters.ipynb #4115eed4
+# %% ../../nbs/34a_losses.clusters.ipynb #e7c76eda
 @patch
 def compute(self: FacilityLocationLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "Worst clustering against the true classes."
+    self.active = (labels[:, None] != labels).any(1).sum()
     x_BD = unit(embeddings) if self.normalised else embeddings
     x64_BD, gamma = x_BD.detach().double(), self.gamma * self.gamma_decay**self.epoch
     dist_BB = torch.cdist(x64_BD, x64_BD, compute_mode="donot_use_mm_for_euclid_dist")

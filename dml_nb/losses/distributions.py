@@ -6,12 +6,12 @@
 __all__ = ['VARIANTS', 'nca', 'neighbourhood', 'NCALoss', 'histogram', 'reverse_probability', 'HistogramLoss',
            'weighted_violation', 'RankedListLoss']
 
-# %% ../../nbs/34_losses.distributions.ipynb #1c5cdb52
+# %% ../../nbs/34_losses.distributions.ipynb #ad3dd9bf
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .core import check_at_least, register
+from .core import check_at_least, check_whole, register
 from .pairs import distance, from_gradient
 from .pairwise import PairLoss
 from ..similarity import masked_logsumexp, unknown
@@ -44,8 +44,8 @@ def neighbourhood(sim_BN: Tensor, # (B, N) similarities
     best_B1 = sim_BN.masked_fill(~pos_BN, -torch.inf).amax(1, keepdim=True)
     return pos_BN & (sim_BN >= torch.minimum(least_B1, best_B1)), neg_BN & (sim_BN >= least_B1)
 
-# %% ../../nbs/34_losses.distributions.ipynb #6a5b2fa2
-@register("nca", deep_metric=dict(scale=16., k=32))
+# %% ../../nbs/34_losses.distributions.ipynb #6cfdc99c
+@register("nca", deep_metric=dict(scale=8., k=32))
 class NCALoss(PairLoss):
     "NCA (Goldberger et al., NIPS 2004) on unit vectors, of all references or of the k nearest."
     def __init__(self,
@@ -54,12 +54,13 @@ class NCALoss(PairLoss):
                  miner=None, self_eps: float | None = None, # see `PairLoss`
                 ):
         super().__init__(miner, self_eps)
-        check_at_least(scale=(scale, 0), **({} if k is None else dict(k=(k, 1))))
+        check_at_least(scale=(scale, 0))
+        if k is not None: check_whole(k=(k, 1))
         self.scale, self.k = scale, k
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
         "Mean over the anchors."
-        self.active = pos_BN.any(1).sum()
+        self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         if self.k is not None: pos_BN, neg_BN = neighbourhood(sim_BN, pos_BN, neg_BN, self.k)
         return nca(sim_BN, pos_BN, neg_BN, self.scale)
 
@@ -84,23 +85,17 @@ def reverse_probability(pos_R: Tensor, # (R,) histogram of the positive pairs
     "Chance that a negative pair is at least as similar as a positive one (Ustinova & Lempitsky 2016)."
     return (neg_R * pos_R.cumsum(0)).sum()
 
-# %% ../../nbs/34_losses.distributions.ipynb #bb8431ee
-@register("histogram", cbml=dict(nodes=1000))
+# %% ../../nbs/34_losses.distributions.ipynb #cc8996eb
+@register("histogram", cbml_repo=dict(nodes=1000))
 class HistogramLoss(PairLoss):
     "Histogram loss (Ustinova & Lempitsky, NIPS 2016)."
-    in_batch: bool = True # a pair of samples counts once
     def __init__(self,
                  nodes: int = 101, # R
                  miner=None, self_eps: float | None = None, # see `PairLoss`
                 ):
         super().__init__(miner, self_eps)
-        check_at_least(nodes=(nodes, 2))
+        check_whole(nodes=(nodes, 2))
         self.nodes = nodes
-
-    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor: # (B, N)
-        "Cosine; remembers whether the references are the batch."
-        self.in_batch = refs is embeddings
-        return super().similarity(embeddings, refs)
 
 # %% ../../nbs/34_losses.distributions.ipynb #a4a1af40
 from fastcore.basics import patch
@@ -129,15 +124,15 @@ def weighted_violation(violation_BN: Tensor, # (B, N) violations, 0 where none
     if not fixed: share_BN *= (violation_BN - mean_B1).mul_(temp).add_(1)
     return mean_B1[:, 0], share_BN
 
-# %% ../../nbs/34_losses.distributions.ipynb #0666a60c
+# %% ../../nbs/34_losses.distributions.ipynb #60458306
 VARIANTS = ("paper", "pml", "cbml")
 
-@register("ranked_list", pml=dict(variant="pml"), cbml=dict(variant="cbml", alpha=1.4))
+@register("ranked_list", pml=dict(variant="pml"), cbml_repo=dict(variant="cbml"))
 class RankedListLoss(PairLoss):
     "Ranked list loss (Wang et al., CVPR 2019)."
     def __init__(self,
                  margin: float = .4, # m, between the border of the positives and that of the negatives
-                 alpha: float | None = None, # border of the negatives; None: 1 + margin/2
+                 alpha: float | None = None, # border of the negatives; None: 1 + margin/2, for "cbml" 1.4
                  t_neg: float = 10., # sharpness of the weights of the negatives
                  t_pos: float = 0., # sharpness of the weights of the positives
                  balance: float = .5, # λ, share of the negatives
@@ -145,7 +140,7 @@ class RankedListLoss(PairLoss):
                  miner=None, self_eps: float | None = None, # see `PairLoss`
                 ):
         super().__init__(miner, self_eps)
-        self.alpha = 1 + margin/2 if alpha is None else alpha
+        self.alpha = (1.4 if variant == "cbml" else 1 + margin/2) if alpha is None else alpha
         check_at_least(margin=(margin, 0), alpha=(self.alpha, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0))
         if balance > 1: raise ValueError(f"balance must be at most 1, got {balance}: it is the share of the negatives.")
         if variant not in VARIANTS: raise unknown("variant", variant, VARIANTS)

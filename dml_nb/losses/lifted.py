@@ -37,7 +37,7 @@ def lifted_structure(dist_BB: Tensor, # (B, B) distances within a batch
     J_BB = torch.logaddexp(lse_B[:, None], lse_B) + dist_BB
     return J_BB.relu().square().masked_fill(~pos_BB, 0).sum() / (2*pos_BB.sum()).clamp_min(1)
 
-# %% ../../nbs/33b_losses.lifted.ipynb #b2eb6565
+# %% ../../nbs/33b_losses.lifted.ipynb #76e88f22
 @register("lifted_structure")
 class LiftedStructureLoss(PairLoss):
     "Lifted structure on raw Euclidean distances (Oh Song et al., CVPR 2016)."
@@ -63,6 +63,7 @@ class LiftedStructureLoss(PairLoss):
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
         "The formula, on distances."
+        self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         return lifted_structure(1 - sim_BN, pos_BN, neg_BN, self.alpha)
 
 # %% ../../nbs/33b_losses.lifted.ipynb #1f30b371

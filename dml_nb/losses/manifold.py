@@ -51,7 +51,7 @@ def manifold_proxy(embeddings: Tensor, # (B, D)
     intrinsic = hard_proxies(walk_BN[:, len(embeddings):], meta_B, margin)
     return intrinsic + context * hard_proxies(unit(walk_BN) @ unit(walk_KN).T, meta_B, margin)
 
-# %% ../../nbs/36b_losses.manifold.ipynb #55bc77a1
+# %% ../../nbs/36b_losses.manifold.ipynb #55e9d0f7
 @register("manifold_proxy")
 class ManifoldProxyLoss(DMLLoss):
     "Manifold proxy similarity (Aziere and Todorovic, CVPR 2019)."
@@ -62,24 +62,32 @@ class ManifoldProxyLoss(DMLLoss):
                  alpha: float = .8, # chance that the walk goes on
                  margin: float = 5e-4, # m
                  context: float = 1., # λ_C, weight of the context term
+                 reassign_every: int = 0, # epochs after which the meta-classes are drawn anew; 0: never
                 ):
         super().__init__()
         check_at_least(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), num_proxies=(num_proxies, 2), margin=(margin, 0), context=(context, 0), alpha=(alpha, 0))
         if not 0 < alpha < 1: raise ValueError(f"alpha must lie between 0 and 1, both excluded, got {alpha}: the walk must go on and must end.")
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.alpha, self.margin, self.context = alpha, margin, context
-        self.proxies = nn.Parameter(torch.randn(num_proxies, embedding_size))
+        check_at_least(reassign_every=(reassign_every, 0))
+        self.alpha, self.margin, self.context, self.reassign_every = alpha, margin, context, reassign_every
+        self.meta_proxies = nn.Parameter(torch.randn(num_proxies, embedding_size))
         self.register_buffer("meta", torch.zeros(num_classes, dtype=torch.long))
         self.reassign()
 
-# %% ../../nbs/36b_losses.manifold.ipynb #e21a813c
+# %% ../../nbs/36b_losses.manifold.ipynb #c64af17a
 @patch
 def reassign(self: ManifoldProxyLoss):
     "Draw at random which proxy each class belongs to."
-    K, C = len(self.proxies), self.num_classes
+    K, C = len(self.meta_proxies), self.num_classes
     self.meta.copy_(torch.randperm(K)[torch.randperm(C) % K])
+
+@patch
+def set_epoch(self: ManifoldProxyLoss, epoch: int): # 0-based
+    "Draw anew when it is time."
+    self.epoch = epoch
+    if self.reassign_every and epoch and epoch % self.reassign_every == 0: self.reassign()
 
 @patch
 def compute(self: ManifoldProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "The meta-class of each sample, then the walk."
-    return manifold_proxy(embeddings, self.proxies.to(embeddings.dtype), self.meta[labels], self.alpha, self.margin, self.context)
+    return manifold_proxy(embeddings, self.meta_proxies.to(embeddings.dtype), self.meta[labels], self.alpha, self.margin, self.context)

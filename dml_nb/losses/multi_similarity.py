@@ -72,12 +72,11 @@ def circle(sim_BN: Tensor, # (B, N) similarities
     pull_B, push_B = masked_logsumexp(pull_BN, pos_BN), masked_logsumexp(push_BN, neg_BN)
     return pull_B + push_B, pace_n*soft_shares(push_BN, push_B, neg_BN) - pace_p*soft_shares(pull_BN, pull_B, pos_BN)
 
-# %% ../../nbs/32a_losses.multi_similarity.ipynb #532bc20e
+# %% ../../nbs/32a_losses.multi_similarity.ipynb #8c3f11e1
 @register("circle", face=dict(m=.25, gamma=256.))
 class CircleLoss(PairLoss):
     "Circle loss (Sun et al., CVPR 2020) per anchor or over the whole batch."
     exact_gradient = False # the weights α count as constants
-    twice = False # each pair stands in the table as (i, j) and as (j, i)
 
     def __init__(self,
                  m: float = .4, # relaxation
@@ -91,23 +90,15 @@ class CircleLoss(PairLoss):
         if scope not in ("anchor", "batch"): raise unknown("scope", scope, ("anchor", "batch"))
         self.m, self.gamma, self.scope = m, gamma, scope
 
-    def compute(self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None = None,
-                ref_emb: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
-        "As every pair loss, remembering whether the references are the batch itself."
-        self.twice = ref_emb is None
-        value = super().compute(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        self.twice = False
-        return value
-
 # %% ../../nbs/32a_losses.multi_similarity.ipynb #951fe0bd
 from fastcore.basics import patch
 
-# %% ../../nbs/32a_losses.multi_similarity.ipynb #0ba45f9a
+# %% ../../nbs/32a_losses.multi_similarity.ipynb #c97567dc
 @patch
 def pairs(self: CircleLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
     "Mean over the anchors above 0, or one softplus for the batch."
     if self.scope == "batch":
-        if self.twice: pos_BN, neg_BN = (pos_BN | pos_BN.T).triu(), (neg_BN | neg_BN.T).triu()
+        if self.in_batch and len(sim_BN) == sim_BN.shape[1]: pos_BN, neg_BN = (pos_BN | pos_BN.T).triu(), (neg_BN | neg_BN.T).triu()
         sim_BN, pos_BN, neg_BN = (table.reshape(1, -1) for table in (sim_BN, pos_BN, neg_BN))
     u_B, grad_BN = circle(sim_BN, pos_BN, neg_BN, self.m, self.gamma)
     value_B = softplus(u_B, threshold=50)

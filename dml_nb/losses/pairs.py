@@ -7,21 +7,20 @@ __all__ = ['CONTRASTIVE', 'BINOMIAL_SLOPE', 'from_gradient', 'equal_shares', 'di
            'pairs_contrastive', 'online_contrastive', 'pml_contrastive', 'horde_contrastive', 'ContrastiveLoss',
            'SlackPairLoss', 'complete_anchors', 'binomial_deviance', 'BinomialDevianceLoss', 'HardMiningLoss']
 
-# %% ../../nbs/32_losses.pairs.ipynb #d9afc2f5
+# %% ../../nbs/32_losses.pairs.ipynb #93bbaa5d
 from inspect import signature
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from .core import check_at_least, register
 from .mining import slack_mining
 from .pairwise import PairLoss
-from ..similarity import unknown
+from ..similarity import first_order_only, unknown
 
-# %% ../../nbs/32_losses.pairs.ipynb #5c642ba6
+# %% ../../nbs/32_losses.pairs.ipynb #e12c1c15
 class _FromGradient(torch.autograd.Function):
     @staticmethod
     def forward(sim_BN, value, grad_BN): return value.clone()
@@ -30,8 +29,9 @@ class _FromGradient(torch.autograd.Function):
     def setup_context(ctx, inputs, output): ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad): return grad*ctx.saved_tensors[0], None, None
+    def backward(ctx, grad):
+        first_order_only()
+        return grad*ctx.saved_tensors[0], None, None
 
 # %% ../../nbs/32_losses.pairs.ipynb #dee48d42
 def from_gradient(sim_BN: Tensor, # (B, N) similarities, attached to the graph
@@ -121,8 +121,8 @@ def horde_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
 CONTRASTIVE: dict[str, Callable] = dict(cosine=cosine_contrastive, cbml_pairs=pairs_contrastive, cbml_online=online_contrastive,
                                         pml=pml_contrastive, horde=horde_contrastive)
 
-# %% ../../nbs/32_losses.pairs.ipynb #01d2208d
-@register("contrastive", official_code=dict(self_eps=1e-5), proxy_anchor_code=dict(variant="pml", margin=.5))
+# %% ../../nbs/32_losses.pairs.ipynb #6b6fd842
+@register("contrastive", official_code=dict(self_eps=1e-5), proxy_anchor_repo=dict(variant="pml", margin=.5))
 class ContrastiveLoss(PairLoss):
     "Contrastive loss (Chopra et al. 2005, Hadsell et al. 2006) in five published forms."
     def __init__(self,

@@ -32,9 +32,10 @@ def to_indices(pos_BN: Tensor, # (B, N) boolean mask of positives
     "The index tuple of two masks."
     return (*pos_BN.nonzero(as_tuple=True), *neg_BN.nonzero(as_tuple=True))
 
-# %% ../../nbs/30a_losses.pairwise.ipynb #0f0eb222
+# %% ../../nbs/30a_losses.pairwise.ipynb #72558ab7
 class PairLoss(DMLLoss):
     "Base of the losses that are a function of similarities and matches."
+    in_batch: bool = True # the references of the latest call were the batch itself
     def __init__(self,
                  miner: nn.Module | str | None = None, # from `dml_nb.losses.mining`, or its name there; None: all pairs
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
@@ -59,7 +60,7 @@ class PairLoss(DMLLoss):
 # %% ../../nbs/30a_losses.pairwise.ipynb #fe364618
 from fastcore.basics import patch
 
-# %% ../../nbs/30a_losses.pairwise.ipynb #a1a2b4d3
+# %% ../../nbs/30a_losses.pairwise.ipynb #6223fd8d
 @patch
 def compute(self: PairLoss,
             embeddings: Tensor, # (B, D)
@@ -73,23 +74,28 @@ def compute(self: PairLoss,
     if ref_emb is not None:
         check_embeddings(ref_emb, embeddings.shape[1])
         check_labels(ref_labels, len(ref_emb))
-        if not len(ref_emb): return embeddings.sum() * 0
+        if not len(ref_emb):
+            self.active = 0
+            return embeddings.sum() * 0
+    self.in_batch = ref_emb is None
     sim_BN = self.similarity(embeddings, embeddings if ref_emb is None else ref_emb.to(embeddings.dtype))
     pos_BN, neg_BN = match_masks(labels, ref_labels)
-    if self.self_eps is not None: pos_BN = pos_BN & (sim_BN < 1 - self.self_eps)
     return self.mined(sim_BN, pos_BN, neg_BN, indices_tuple)
 
-# %% ../../nbs/30a_losses.pairwise.ipynb #b4114cf2
+# %% ../../nbs/30a_losses.pairwise.ipynb #297ee594
 @patch
 def mined(self: PairLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor:
-    "Apply the index tuple or the miner, then the formula."
+    "Apply the value filter and the index tuple or the miner, then the formula."
+    if self.self_eps is not None: pos_BN = pos_BN & (sim_BN < 1 - self.self_eps)
     if indices is None and self.miner is not None:
         if hasattr(self.miner, "triplets"): indices = self.miner.triplets(sim_BN.detach(), pos_BN, neg_BN)
         else: pos_BN, neg_BN = self.miner.mine(sim_BN.detach(), pos_BN, neg_BN)
     if indices is not None and len(indices) == 3 and hasattr(self, "triplets"):
         self.active = indices[0].unique().numel()
         return self.triplets(sim_BN, *indices)
-    if indices is not None: pos_BN, neg_BN = to_masks(indices, sim_BN.shape, sim_BN.device)
+    if indices is not None:
+        named_pos, named_neg = to_masks(indices, sim_BN.shape, sim_BN.device)
+        pos_BN, neg_BN = named_pos if self.self_eps is None else named_pos & (sim_BN < 1 - self.self_eps), named_neg
     self.active = (pos_BN.any(1) | neg_BN.any(1)).sum()
     return self.pairs(sim_BN, pos_BN, neg_BN)
 

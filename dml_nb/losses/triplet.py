@@ -82,11 +82,13 @@ def every(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> 
     self.active = (pos_BN & (count_BN > 0)).any(1).sum()
     return ((count_BN * dist_BN).sum() + self.margin * number.to(dist_BN.dtype)) / total.clamp_min(1)
 
-# %% ../../nbs/33_losses.triplet.ipynb #399e97aa
+# %% ../../nbs/33_losses.triplet.ipynb #36c1e006
 @patch
 def pairs(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
     "The loss of the triplets that the rule selects."
-    if self.each_pair_once: pos_BN = pos_BN.triu(1)
+    if self.each_pair_once:
+        if not self.in_batch: raise ValueError("each_pair_once needs the batch as its own references: leave ref_emb out, or pass each_pair_once=False.")
+        pos_BN = pos_BN.triu(1)
     if self.picker is None: return self.every(sim_BN, pos_BN, neg_BN)
     a, p, n = self.picker.triplets(sim_BN.detach(), pos_BN, neg_BN)
     self.active = a.unique().numel()
@@ -100,10 +102,12 @@ def margin_parts(dist: Tensor, # distances
     "Both hinges of the margin loss (Wu et al., ICCV 2017)."
     return relu(dist - beta + margin), relu(beta - dist + margin)
 
-# %% ../../nbs/33_losses.triplet.ipynb #56c478c1
+# %% ../../nbs/33_losses.triplet.ipynb #c6ac5f79
 @register("margin", cbml_repo=dict(far=None, one_per_anchor=True))
 class MarginLoss(PairLoss):
     "Positives below, negatives above a threshold, with a gap (Wu et al., ICCV 2017)."
+    anchor_labels: Tensor | None = None
+    embedding_dim: int | None = None
     def __init__(self,
                  margin: float = .2, # m
                  beta: float = 1.2, # threshold, where it starts if it is learned
@@ -125,18 +129,20 @@ class MarginLoss(PairLoss):
         self.num_classes = num_classes if learn_beta == "class" else None
         self.beta = nn.Parameter(torch.full((self.num_classes or 1,), float(beta))) if learn_beta else beta
 
-# %% ../../nbs/33_losses.triplet.ipynb #a3985b40
+# %% ../../nbs/33_losses.triplet.ipynb #f8b049d9
 @patch
-def compute(self: MarginLoss, embeddings: Tensor, labels: Tensor, *args, **kwargs) -> Tensor: # scalar
+def compute(self: MarginLoss, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor: # scalar
     "As every pair loss; keeps the labels for β and the dimension for the sampling."
     self.anchor_labels, self.embedding_dim = labels, embeddings.shape[1]
-    return PairLoss.compute(self, embeddings, labels, *args, **kwargs)
+    return PairLoss.compute(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 @patch
 def thresholds(self: MarginLoss, sim_BN: Tensor) -> Tensor: # (B,)
     "β of each anchor."
     beta = self.beta.to(sim_BN.dtype) if isinstance(self.beta, Tensor) else sim_BN.new_tensor([self.beta])
-    return beta[self.anchor_labels] if self.num_classes else beta.expand(len(sim_BN))
+    if not self.num_classes: return beta.expand(len(sim_BN))
+    if self.anchor_labels is None or len(self.anchor_labels) != len(sim_BN): raise ValueError("a beta for each class needs the labels of the anchors: call the loss itself.")
+    return beta[self.anchor_labels]
 
 # %% ../../nbs/33_losses.triplet.ipynb #413a903d
 @patch
@@ -153,7 +159,7 @@ def triplets(self: MarginLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor) 
     _, push_T = margin_parts(euclidean(sim_BN[a, n], 1e-8), beta_T, self.margin)
     return self.average((pull_T + push_T).sum(), (pull_T > 0).sum() + (push_T > 0).sum(), len(a))
 
-# %% ../../nbs/33_losses.triplet.ipynb #23746852
+# %% ../../nbs/33_losses.triplet.ipynb #67f8be14
 @patch
 def every(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
     "The loss of all triplets: each pair as often as it occurs in them."
@@ -167,6 +173,7 @@ def every(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> T
 def pairs(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
     "All triplets, or a drawn negative for each positive pair."
     if self.rule == "all": return self.every(sim_BN, pos_BN, neg_BN)
+    if self.embedding_dim is None: raise ValueError("distance-weighted sampling needs the size of the embeddings: call the loss itself, or use rule='all'.")
     a, p, n = DistanceWeightedMiner(self.embedding_dim, **self.sampling).triplets(sim_BN.detach(), pos_BN, neg_BN)
     self.active = a.unique().numel()
     return self.triplets(sim_BN, a, p, n)

@@ -68,10 +68,10 @@ def take_pairs(embeddings: Tensor, # (B, D)
     both_2CD = embeddings.index_select(0, torch.cat([anchors, positives]))
     return (unit(both_2CD) if normalize else both_2CD).chunk(2)
 
-# %% ../../nbs/33a_losses.tuplets.ipynb #f08f8ce0
+# %% ../../nbs/33a_losses.tuplets.ipynb #dd7ca491
 PAIRS = ("random", "first")
 
-@register("npair", cbml=dict(normalize=True), tf_contrib=dict(l2=5e-4), proxy_anchor=dict(l2=0., pairs="first"),
+@register("npair", cbml_repo=dict(normalize=True), tensorflow=dict(l2=5e-4), proxy_anchor_repo=dict(l2=0., pairs="first"),
           pml=dict(l2=0., pairs="first", normalize=True))
 class NPairLoss(DMLLoss):
     "N-pair (Sohn, NIPS 2016) on raw inner products, with one pair a class."
@@ -134,8 +134,8 @@ def angular_all(sim_BB: Tensor, # (B, B) cosines
     total_BB = torch.where(usable_BB, E_BB @ E_BB.T, 1).log() + top_B[:, None] + top_B
     return pair_mean(softplus(total_BB - 2*(1 + tan2)*sim_BB, threshold=40), usable_BB)
 
-# %% ../../nbs/33a_losses.tuplets.ipynb #1164ed81
-@register("angular", cbml=dict(weight=1., npair_weight=0., l2=.02), revisiting=dict(weight=1., npair_weight=2., l2=.005),
+# %% ../../nbs/33a_losses.tuplets.ipynb #090c4779
+@register("angular", cbml_repo=dict(weight=1., npair_weight=0., l2=.02), revisiting=dict(weight=1., npair_weight=2., l2=.005),
           pml=dict(angle=40., weight=1., npair_weight=0., pairs="all"))
 class AngularLoss(DMLLoss):
     "N-pair + λ angular (Wang et al., ICCV 2017) on unit vectors."
