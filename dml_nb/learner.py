@@ -6,7 +6,7 @@
 __all__ = ['feature_dls', 'image_dls', 'LossState', 'WarmUp', 'ClipValue', 'RetrievalMetrics', 'parameter_groups', 'DMLLearner',
            'dml_learner']
 
-# %% ../nbs/50_learner.ipynb #367cb493
+# %% ../nbs/50_learner.ipynb #82d11b7a
 from functools import partial
 from time import perf_counter
 
@@ -21,37 +21,41 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .data.loaders import TensorSet, eval_loader, image_transform, mixed_seed, random_shift, set_epoch, train_loader
+from .data.samplers import ClassSampler
 from .losses.calibrate import deviation
 from .models.features import embed
 from .retrieval.metrics import evaluate
 from .similarity import unknown
 
-# %% ../nbs/50_learner.ipynb #18fc75a4
-def _dls(train, train_plain, test, train_labels, test_labels, batch_size, seed, workers) -> DataLoaders:
+# %% ../nbs/50_learner.ipynb #efba9f7b
+def _dls(train, train_plain, test, train_labels, test_labels, batch_size, seed, workers, per_class) -> DataLoaders:
     "Loaders for training and test, with what the metrics need beside them."
-    dls = DataLoaders(train_loader(train, batch_size, seed, workers), eval_loader(test, workers=workers))
+    sampler = None if per_class is None else ClassSampler(train_labels, batch_size, per_class, seed)
+    dls = DataLoaders(train_loader(train, batch_size, seed, workers, sampler), eval_loader(test, workers=workers))
     dls.n_inp, dls.seed, dls.workers, dls.train_plain, dls.test_plain = 1, seed, workers, train_plain, test
     dls.train_labels, dls.test_labels = torch.as_tensor(train_labels).long(), torch.as_tensor(test_labels).long()
     return dls
 
-# %% ../nbs/50_learner.ipynb #967262de
+# %% ../nbs/50_learner.ipynb #913cbeae
 def feature_dls(train: Tensor, # (N, C) features of the training images
                 train_labels: Tensor, # (N,)
                 test: Tensor, # (M, C) features of the test images
                 test_labels: Tensor, # (M,)
                 batch_size: int = 150, # images a batch
                 seed: int = 0, # with the epoch, fixes the batches
+                per_class: int | None = None, # images of each class in a batch, for pair losses; None: random batches
                ) -> DataLoaders: # for training a head on cached features
     "Loaders over features already computed (regime `frozen`)."
-    return _dls(TensorSet(train, train_labels), TensorSet(train), TensorSet(test), train_labels, test_labels, batch_size, seed, 0)
+    return _dls(TensorSet(train, train_labels), TensorSet(train), TensorSet(test), train_labels, test_labels, batch_size, seed, 0, per_class)
 
-# %% ../nbs/50_learner.ipynb #6c9933aa
+# %% ../nbs/50_learner.ipynb #23e7a5e4
 def image_dls(data, # `RetrievalData`
               spec, # `InputSpec` of the network
               batch_size: int = 150, # images a batch
               seed: int = 0, # with the epoch, fixes batches and augmentation
               train_crop: str = "rrc", # "rrc" or "resize", for photographs
               workers: int = 0, # processes that read images
+              per_class: int | None = None, # images of each class in a batch, for pair losses; None: random batches
              ) -> DataLoaders: # for training the whole network
     "Loaders over images (regime `finetune`)."
     train, test = data.train, data.test
@@ -59,10 +63,10 @@ def image_dls(data, # `RetrievalData`
         pixels = [torch.as_tensor(part.array)[:, None] for part in (train, test)]
         def augment(x): return spec.to_input(random_shift(x))
         sets = TensorSet(pixels[0], train.labels, augment), TensorSet(pixels[0], transform=spec.to_input), TensorSet(pixels[1], transform=spec.to_input)
-        return _dls(*sets, train.labels, test.labels, batch_size, seed, 0)
+        return _dls(*sets, train.labels, test.labels, batch_size, seed, 0, per_class)
     plain = image_transform(spec)
     return _dls(train.with_transform(image_transform(spec, train=True, train_crop=train_crop)), train.with_transform(plain), test.with_transform(plain),
-                train.labels, test.labels, batch_size, seed, workers)
+                train.labels, test.labels, batch_size, seed, workers, per_class)
 
 # %% ../nbs/50_learner.ipynb #92912c1a
 class LossState(Callback):

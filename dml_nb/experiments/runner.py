@@ -70,7 +70,7 @@ def _features(self: Run) -> list[torch.Tensor]: # of the training and of the tes
     self.seconds["features"] = perf_counter() - started
     return features
 
-# %% ../../nbs/61_runner.ipynb #f0edbad9
+# %% ../../nbs/61_runner.ipynb #9f0ab5b4
 @patch
 def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkpoint if there is one
     "Build the Learner of the run."
@@ -79,11 +79,11 @@ def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkp
     if s["regime"] == "frozen":
         train, test = self._features()
         model = EmbeddingHead(train.shape[1], s["embedding_size"], layer_norm=s["layer_norm"])
-        dls = feature_dls(train, data.train.labels, test, data.test.labels, s["batch_size"], self.seed)
+        dls = feature_dls(train, data.train.labels, test, data.test.labels, s["batch_size"], self.seed, s.get("per_class"))
     else:
         model = create_embedder(s["backbone"], s["embedding_size"], s["pool"], s["backbone"] != "small_cnn", s["layer_norm"], s["frozen_bn"])
         model.to(memory_format=torch.channels_last)
-        dls = image_dls(data, model.spec, s["batch_size"], self.seed, s["train_crop"], workers=os.cpu_count() or 0)
+        dls = image_dls(data, model.spec, s["batch_size"], self.seed, s["train_crop"], os.cpu_count() or 0, s.get("per_class"))
     loss = create_loss(s["loss"], num_classes=len(data.train.classes), embedding_size=s["embedding_size"], **s["params"])
     learn = dml_learner(dls, model, loss, s["lr"], s["head_lr"], s["proxy_lr_mult"], s["weight_decay"], s["warm_epochs"],
                         s["clip_value"], tuple(s["recall_at"]))
