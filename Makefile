@@ -18,7 +18,7 @@ test: $(STAMP) ## modules name only what they import, agree with clean notebooks
 	$(BIN)/ruff check --quiet dml_nb tests
 	$(BIN)/python tests/check_notebooks.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
 
 lab: $(STAMP) ## open the notebooks
 	$(BIN)/jupyter lab nbs

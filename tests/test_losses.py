@@ -13,7 +13,7 @@ from dml_nb.losses.pairwise import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
 
 C, D = 7, 16
-SCHEDULED = {"start_epoch": 0}
+SCHEDULED = {"start_epoch": 0, "start_iteration": 0}
 # the rule without chance, for losses that draw pairs or triplets at random
 FIXED = {"triplet": dict(rule="all"), "margin": dict(rule="all"), "npair": dict(pairs="first"), "angular": dict(pairs="all")}
 
