@@ -105,6 +105,7 @@ def test_pair_losses_agree(case):
 
 @pytest.mark.parametrize("case", PROXIES)
 def test_proxy_losses_agree(case):
+    torch.manual_seed(0)
     (params,), theirs, *tolerance = PROXIES[case]
     for x, y in batches():
         ours, other = create_loss(case.partition(",")[0], **SIZES, **params).double(), theirs().double()
@@ -114,7 +115,7 @@ def test_proxy_losses_agree(case):
         agree(ours, other, x, y, *(tolerance or [1e-10]))
         mine, yours = (torch.autograd.grad(loss(x, y), p)[0] for loss, p in ((ours, ours.proxies), (other, weight)))
         mine = mine.flatten(0, -2)
-        torch.testing.assert_close(mine, yours if yours.shape == mine.shape else yours.T, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(mine, yours if yours.shape == mine.shape else yours.T, rtol=max(1e-5, 10 * (tolerance or [0])[0]), atol=1e-8)
 
 
 def test_histogram_agrees():
