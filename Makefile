@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: quickstart test lab export docs clean
+.PHONY: quickstart test reproduce lab export docs clean
 .DEFAULT_GOAL := quickstart
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
@@ -19,6 +19,12 @@ test: $(STAMP) ## modules name only what they import, agree with clean notebooks
 	$(BIN)/python tests/check_notebooks.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
+
+TABLE ?= II
+SEEDS ?= 0,1,2
+
+reproduce: $(STAMP) ## run a table of the papers and report it: make reproduce TABLE=II ARGS="--dataset cub --regime frozen --backbone efficientnet_lite0"
+	status=0; $(BIN)/dml_nb run $(TABLE) --seeds $(SEEDS) --measure $(ARGS) || status=$$?; $(BIN)/dml_nb report $(TABLE) && exit $$status
 
 lab: $(STAMP) ## open the notebooks
 	$(BIN)/jupyter lab nbs

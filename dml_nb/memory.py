@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .similarity import check_embeddings, check_labels, unit
 
-# %% ../nbs/01_memory.ipynb #b445d2e2
+# %% ../nbs/01_memory.ipynb #c42d7c4f
 class ClassQueues(nn.Module):
     "One first-in-first-out queue of detached unit embeddings for each class, with its running sum."
     def __init__(self,
@@ -21,16 +21,20 @@ class ClassQueues(nn.Module):
                  dtype: torch.dtype = torch.float32, # storage type of the entries
                 ):
         super().__init__()
-        if not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class.")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class.")
         self.capacity = capacity
         self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size, dtype=dtype))
         self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("sum", torch.zeros(num_classes, embedding_size))
+        self.register_buffer("turn", torch.zeros((), dtype=torch.long))
 
     def _load_from_state_dict(self, state, prefix, *args):
         state.pop(prefix + "square_sum", None) # kept by early versions; it is the count, since entries are unit vectors
+        state.setdefault(prefix + "turn", self.turn)
         super()._load_from_state_dict(state, prefix, *args)
+        stored = state.get(prefix + "queue", self.queue)
+        if stored.dtype != self.queue.dtype: self.sum.copy_(self.queue.to(self.sum.dtype).sum(1)) # the entries were rounded
 
 # %% ../nbs/01_memory.ipynb #a7f487b8
 from fastcore.basics import patch
@@ -47,7 +51,7 @@ def filled(self: ClassQueues) -> Tensor: # (C,) boolean
     "Which classes hold at least one embedding."
     return self.count > 0
 
-# %% ../nbs/01_memory.ipynb #69d885c0
+# %% ../nbs/01_memory.ipynb #96fd60bf
 @patch
 @torch.no_grad()
 def enqueue(self: ClassQueues,
@@ -57,6 +61,7 @@ def enqueue(self: ClassQueues,
     "Push a batch: the oldest entries of a full queue leave."
     check_embeddings(embeddings, self.queue.shape[-1]); check_labels(labels, len(embeddings), len(self.count))
     if not len(labels): return
+    embeddings, labels = embeddings.detach().to(self.queue.device), labels.to(self.queue.device)
     class_B, order_B = labels.long().sort(stable=True)
     arrived_C = torch.bincount(class_B, minlength=len(self.count))
     next_C, place_B = self.position + arrived_C, torch.arange(len(labels), device=labels.device)
@@ -64,23 +69,25 @@ def enqueue(self: ClassQueues,
         kept = place_B >= (arrived_C.cumsum(0) - self.capacity)[class_B]
         class_B, order_B, place_B = class_B[kept], order_B[kept], place_B[kept]
     slot_B = (next_C - arrived_C.cumsum(0))[class_B].add_(place_B).remainder_(self.capacity)
-    self._replace(slot_B.add_(class_B, alpha=self.capacity), class_B, embeddings.detach().index_select(0, order_B))
+    self._replace(slot_B.add_(class_B, alpha=self.capacity), class_B, embeddings.index_select(0, order_B))
     self._advance(arrived_C, next_C)
 
-# %% ../nbs/01_memory.ipynb #01467166
+# %% ../nbs/01_memory.ipynb #d25f2ed1
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, embeddings: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
     rows, new = self.queue.view(-1, self.queue.shape[2]), unit(embeddings.to(self.sum.dtype)).to(self.queue.dtype)
-    old = rows.index_select(0, row_B)
+    change = new.to(self.sum.dtype) - rows.index_select(0, row_B)
     rows.index_copy_(0, row_B, new)
-    self.sum.index_add_(0, class_B, new.to(self.sum.dtype) - old.to(self.sum.dtype))
+    self.sum.index_add_(0, class_B, change)
 
-# %% ../nbs/01_memory.ipynb #c955dfca
+# %% ../nbs/01_memory.ipynb #1ae2206c
 @patch
 def _advance(self: ClassQueues, arrived_C: Tensor, next_C: Tensor):
-    "Move positions and counts on; renew the sums of the classes whose ring wrapped."
+    "Move positions and counts on, and renew the sums of the classes whose turn it is."
     self.count.add_(arrived_C).clamp_max_(self.capacity)
     torch.remainder(next_C, self.capacity, out=self.position)
-    wrapped = (next_C >= self.capacity).nonzero()[:, 0]
-    if len(wrapped): self.sum.index_copy_(0, wrapped, self.queue.index_select(0, wrapped).to(self.sum.dtype).sum(1))
+    C, first = len(self.count), int(self.turn)
+    last = first + 1 + C//512
+    torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])
+    self.turn.fill_(last if last < C else 0)

@@ -8,7 +8,7 @@ import torch
 
 from dml_nb.golden import fixture, golden
 from dml_nb.learner import dml_learner, feature_dls
-from dml_nb.losses import core, create_loss, list_losses
+from dml_nb.losses import core, create_loss, deviation, list_losses
 from dml_nb.losses.pairwise import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
 
@@ -57,17 +57,89 @@ GOLDEN = {
     "CosFace s=30 m=.35": ("cosface", dict(preset="muggle_wang")), "ArcFace s=16 m=.5rad": ("arcface", dict(preset="revisiting")),
     "Proxy Anchor": ("proxy_anchor", {}), "ProxyNCA dichotomies s=3/3 sm=.1": ("proxy_nca", {}), "ProxyNCA dichotomies 1/8 (SOP) sm=.1": ("proxy_nca", dict(preset="sop")),
     "ProxyNCA classic (pos excluded)": ("proxy_nca", dict(preset="paper")), "ProxyNCA++ prob": ("proxy_nca_pp", {}), "SoftTriple": ("softtriple", dict(proxies_per_class=3)),
+    "XBM contrastive batch": ("contrastive", {}), "CP K=1, S_p only == Proxy Anchor": ("cp_proxy_anchor", dict(proxies_per_class=1)),
 }  # fmt: skip
+CP = {"CP+PA K=3": ("proxy_anchor", {}), "CP+NCA scale=18 positive excluded": ("proxy_nca", {}), "CP+NCA scale=18 positive included": ("proxy_nca", dict(include_positive=True)),
+      "CP+SoftTriple la=20 d=.01 no regulariser": ("softtriple", dict(tau=0.))}  # fmt: skip
+CP_FORMS = {"S_p": dict(start_epoch=12), "S_p+S_g": dict(start_epoch=0), "(S_p+S_g)/2": dict(start_epoch=0, combine="average")}
+for row, (host, params) in CP.items():
+    for sharpness in (1, 10):
+        for form, more in CP_FORMS.items():
+            GOLDEN[f"{row} 1/gamma={sharpness} {form}"] = (f"cp_{host}", dict(proxy_temp=1 / sharpness, calib_lambda=0.0) | params | more)
+
+
+def on_fixture(name, **params):
+    "The loss with the proxies of the fixture and its embeddings in the queues."
+    fix = fixture()
+    loss = create_loss(name, fix.num_classes, fix.embedding_size, **params).double()
+    if hasattr(loss, "proxies"):
+        proxies = fix.proxies if loss.proxies.numel() == fix.proxies.numel() else fix.multi_proxies
+        loss.proxies.data = proxies.reshape(loss.proxies.shape).clone()
+    if name.startswith("cp_"):
+        loss.remember(fix.embeddings, fix.labels)
+    return loss
 
 
 @pytest.mark.parametrize("quantity", GOLDEN)
 def test_golden_values(quantity):
     fix = fixture()
     name, params = GOLDEN[quantity]
-    loss = create_loss(name, fix.num_classes, fix.embedding_size, **params).double()
-    if hasattr(loss, "proxies"):
-        loss.proxies.data = (fix.multi_proxies if loss.proxies.ndim == 3 else fix.proxies).clone()
-    assert loss(fix.embeddings, fix.labels).item() == pytest.approx(golden(quantity), rel=1e-11)
+    assert on_fixture(name, **params)(fix.embeddings, fix.labels).item() == pytest.approx(golden(quantity), rel=1e-11)
+
+
+@pytest.mark.parametrize("host", [name for name in list_losses() if name.startswith("cp_")])
+@pytest.mark.parametrize("reduction, params", [
+    ("squared norm, class SUM (4 filled classes)", {}), ("squared norm, class mean", dict(calib_class="mean")),
+    ("mean over everything (torch MSE)", dict(calib_class="mean", calib_dim="mean")),
+])  # fmt: skip
+def test_golden_calibration_under_every_host(host, reduction, params):
+    fix = fixture()
+    values = [on_fixture(host, start_epoch=0, **params, **more)(fix.embeddings, fix.labels).item() for more in ({}, dict(calib_lambda=0.0))]
+    assert values[0] - values[1] == pytest.approx(golden(f"CP L_c {reduction}, normalised"), rel=1e-11)
+
+
+def test_golden_deviation():
+    fix = fixture()
+    found = deviation(fix.embeddings, fix.labels, fix.multi_proxies)
+    assert found["center"] == pytest.approx(golden("CP deviation Eq10 centre form"), rel=1e-12)
+    assert found["pairwise"] == pytest.approx(golden("CP deviation Eq10 pairwise"), rel=1e-12)
+
+
+def memory_of_18():
+    "The six older entries of the golden values with their labels."
+    fix = fixture()
+    return torch.nn.functional.normalize(fix.unit[0::2].flip(0) + 0.1 * fix.unit[1::2]), fix.labels[0::2].flip(0)
+
+
+@pytest.mark.parametrize("name, params", [("xbm", dict(start_iteration=0)), ("xbm", dict(start_iteration=0, self_eps=None)), ("xbm", dict(start_iteration=0, preset="official_code")), ("mcl", {})])
+def test_golden_cross_batch_memory(name, params):
+    fix, loss = fixture(), on_fixture(name, **params)
+    loss.remember(*memory_of_18())
+    assert loss.against_memory(fix.embeddings, fix.labels).item() == pytest.approx(golden("XBM contrastive memory(18)"), rel=1e-12)
+    assert loss(fix.embeddings, fix.labels).item() == pytest.approx(golden("XBM contrastive batch") + golden("XBM contrastive memory(18)"), rel=1e-12)
+
+
+def test_golden_prism():
+    fix, loss = fixture(), on_fixture("prism", noise_rate=0.25)
+    loss.memory.enqueue(*map(torch.cat, zip(memory_of_18(), (fix.embeddings, fix.labels))))
+    loss._refresh(torch.tensor([0, 2]))
+    keep, _ = loss.judge(fix.embeddings, fix.labels)
+    assert loss.against_memory(fix.embeddings, fix.labels, keep).item() == pytest.approx(golden("PRISM memory contrastive loss"), rel=1e-12)
+
+
+def test_golden_virtual_classes():
+    fix, loss = fixture(), on_fixture("memvir", host_params=dict(temperature=1 / 16), steps=2, gap=1, start_epoch=0)
+    for t in range(6):
+        loss.proxies.data = fix.proxies + 0.1 * t * fix.proxies.roll(1, 1)
+        z = torch.nn.functional.normalize(fix.unit + 0.05 * t * fix.unit.roll(1, 0))
+        assert loss(z, fix.labels).item() == pytest.approx(golden(f"MemVir NormSoftmax s16 N2 M1 step {t}"), rel=1e-12)
+        loss.remember(z, fix.labels)
+
+
+@pytest.mark.parametrize("host, quantity", [("norm_softmax", "NormSoftmax"), ("proxy_nca", "ProxyNCA")])
+def test_golden_proxy_synthesis(host, quantity):
+    loss = on_fixture("proxy_synthesis", host=host, lam=0.3)
+    assert loss(fixture().embeddings, torch.arange(12) % 4).item() == pytest.approx(golden(f"Proxy Synthesis {quantity} lam=.3"), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", list_losses())
@@ -136,14 +208,29 @@ def test_gradient_reaches_every_parameter_and_the_optimiser_has_them(name):
 
 @pytest.mark.parametrize("name", list_losses())
 def test_state_dict_round_trip(name):
-    loss, twin = fill(build(name)), build(name)
+    "In the middle of a schedule; the state alone is enough, the epoch is not told again."
+    scheduled = dict(start_epoch=1) if "start_epoch" in signature(core._registry[name]).parameters else {}
+    loss, twin = build(name, **scheduled), build(name, **scheduled)
+    if scheduled:
+        loss.set_epoch(1)
+    fill(loss)
     twin.load_state_dict(loss.state_dict())
+    assert twin.epoch == loss.epoch == bool(scheduled)
     x, y = batch()
     for _ in range(3):
         assert value_of(twin, x, y).item() == value_of(loss, x, y).item()
         for each in (loss, twin):
             if hasattr(each, "remember"):
                 each.remember(x, y)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_a_state_from_before_the_epoch_was_kept_still_loads(name):
+    state = {key: value for key, value in fill(build(name)).state_dict().items() if key.split(".")[-1] != "at_epoch"}
+    loss = build(name)
+    loss.set_epoch(2)
+    loss.load_state_dict(state)
+    assert loss.epoch == 2
 
 
 @pytest.mark.parametrize("name", list_losses())
@@ -163,7 +250,7 @@ def test_order_of_the_batch_and_names_of_classes_do_not_matter(name):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
     expected = value_of(loss, x, y).item()
     assert value_of(loss, x[order], y[order]).item() == pytest.approx(expected, rel=1e-10)
-    if not list(loss.parameters()) and not list(loss.buffers()):
+    if not list(loss.parameters()) and all(key.split(".")[-1] == "at_epoch" for key in loss.state_dict()):
         assert value_of(loss, x, (y + 3) % C).item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -222,6 +309,15 @@ def test_impossible_parameters_are_named(name):
         if key in takes and not unused and (name, key) not in {("ranked_list", "alpha"), ("lifted_structure", "alpha")}:  # a border, a margin
             with pytest.raises(ValueError, match=key):
                 create_loss(name, **(dict(num_classes=C, embedding_size=D) | {key: -1}))
+
+
+WHOLE = ("steps", "gap", "window", "warm_up", "start_epoch", "start_iteration", "update_every", "levels", "n_coarse", "memory_size")
+
+
+@pytest.mark.parametrize("name, key", [(name, key) for name in ("xbm", "mcl", "prism", "memvir", "hpl") for key in WHOLE if key in signature(core._registry[name]).parameters])
+def test_numbers_that_count_must_be_whole(name, key):
+    with pytest.raises(ValueError, match=f"{key} must be a whole number"):
+        create_loss(name, C, D, **{key: 2.5})
 
 
 class Nothing(torch.nn.Module):

@@ -1,6 +1,7 @@
 "Memories over the steps of a training run: another package as oracle, several processes, the largest sizes."
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dml_nb.cross_batch import CrossBatchMemory
-from dml_nb.losses import create_loss
+from dml_nb.learner import LossState, dml_learner, feature_dls
+from dml_nb.losses import create_loss, list_losses
+from dml_nb.losses.core import takes_ids
+from dml_nb.losses.pairwise import PairLoss
+from dml_nb.models.embedder import EmbeddingHead
+from dml_nb.similarity import gather, own_rows
 
 C, D, B = 6, 8, 12
 MEMORY_LOSSES = {
@@ -79,30 +85,134 @@ def same_state(one, other):
         torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=0, equal_nan=True)
 
 
-def gathered(x):
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+def against_references():
+    "Every pair loss that can be compared with a memory, and those that look whether the references are the batch."
+    for name in list_losses():
+        if name not in ("xbm", "mcl", "prism"):
+            try:
+                create_loss("xbm", C, D, pair_loss=name)
+            except ValueError as error:
+                assert "cannot be compared with a memory" in str(error) or not isinstance(create_loss(name, C, D), PairLoss)
+            else:
+                yield name, {}
+    yield "circle", dict(scope="batch")
+    yield "triplet", dict(rule="all", reduction="active")
+
+
+@pytest.mark.parametrize("name, params", against_references(), ids=str)
+def test_a_memory_as_large_as_the_batch_is_not_taken_for_it(name, params):
+    "The memory term is the pair loss with the entries as references."
+    loss = create_loss("xbm", C, D, pair_loss=name, pair_params=params, start_iteration=0, enqueue="after", self_eps=None).double()
+    (old, y), (x, _) = steps(2)
+    loss.remember(old, y)
+    torch.manual_seed(0)
+    value = loss(x, y)
+    torch.manual_seed(0)
+    assert value.item() == pytest.approx((loss.pair(x, y) + loss.pair(x, y, ref_emb=old, ref_labels=y)).item(), rel=1e-9)
+
+
+def test_a_loss_that_needs_the_batch_as_its_references_is_refused_at_once():
+    with pytest.raises(ValueError, match="each_pair_once needs the batch"):
+        create_loss("xbm", C, D, pair_loss="triplet", pair_params=dict(each_pair_once=True))
+
+
+# training
+
+
+def train(loss, epochs=3, cbs=(), **params):
+    "Classes of five images in batches of four: the sampler repeats some."
+    x, y = torch.randn(60, 16, generator=torch.Generator().manual_seed(3)), torch.arange(60) // 5 % 12
+    torch.manual_seed(0)
+    learn = dml_learner(feature_dls(x, y, x, y, batch_size=16, per_class=4), EmbeddingHead(16, D), loss, lr=1e-3, cbs=cbs, **params)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_schedule(epochs)
+    return learn, y
+
+
+@pytest.mark.parametrize("name", ["xbm", "mcl", "prism"])
+@pytest.mark.parametrize("in_sum", [False, True])
+def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
+    params = {key: value for key, value in MEMORY_LOSSES[name].items() if key != "memory_size"}
+    loss = create_loss({name: 1.0, "norm_softmax": 0.5}, 12, D, **{name: params}) if in_sum else create_loss(name, 12, D, **params)
+    part, seen, references = loss.losses[name] if in_sum else loss, [], []
+    plain, against = part.remember, part._references
+
+    def remember(embeddings, labels, sample_ids):
+        seen.append(sample_ids)
+        plain(embeddings, labels, sample_ids)
+
+    def watched(embeddings, labels, sample_ids):
+        sim_BN, pos_BN, neg_BN = against(embeddings, labels, sample_ids)
+        ids_N = torch.cat([part.memory.entries()[2], sample_ids]) if part.enqueue == "before" else part.memory.entries()[2]
+        references.append((pos_BN & (sample_ids[:, None] == ids_N)).sum().item())
+        return sim_BN, pos_BN, neg_BN
+
+    part.remember, part._references = remember, watched
+    assert takes_ids(loss)
+    _, y = train(loss)
+    _, labels, ids = part.memory.entries()
+    assert (y[ids] == labels).all() and len(ids) > 60
+    assert torch.cat(seen[:3]).tolist() != torch.cat(seen[3:6]).tolist()  # each epoch its own batches
+    assert max(len(batch) - len(batch.unique()) for batch in seen) > 0  # an image twice in one batch
+    assert len(references) == 9 and sum(references) == 0  # no copy of an anchor's image is its positive
+
+
+def test_other_losses_are_called_as_ever():
+    class Plain(torch.nn.Module):
+        def forward(self, embeddings, labels):
+            return (embeddings.sum(1) - labels).square().mean()
+
+    assert len(train(Plain())[0].retrieval_metrics.history) == 3
+    assert len(train(create_loss("cp_proxy_anchor", 12, D, start_epoch=1))[0].retrieval_metrics.history) == 3
+
+
+def test_a_memory_that_would_never_be_used_is_refused():
+    with pytest.raises(ValueError, match="start_iteration 1000 is never reached in 9 steps"):
+        train(create_loss({"xbm": 1.0, "norm_softmax": 1.0}, 12, D))
+
+
+# several processes
+
+
+def distributed(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    return slice(0, 5) if rank == 0 else slice(5, B)  # parts of different length
 
 
 def one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mine, found = distributed(rank, folder), {}
     for name in MEMORY_LOSSES:
-        loss = build(name)
-        for x, y in steps(9):
-            mine = slice(rank * B // 2, (rank + 1) * B // 2)
-            loss.remember(gathered(x[mine].contiguous()), gathered(y[mine].contiguous()))
+        loss, callback = build(name), LossState()
+        for step, (x, y) in enumerate(steps(9)):
+            x, ids = x.float().double(), (torch.arange(B) + 3 * step,) if takes_ids(loss) else ()  # the callback hands on float32
+            part = [each[mine] for each in (x, y, *ids)]
+            assert gather(part[0]).equal(x) and gather(part[1]).equal(y) and own_rows(part[0]) == mine
+            if name in ("xbm", "prism"):
+                found[name, step] = loss.against_memory(*part[:2], sample_ids=part[2]).item() * len(part[0]) / B
+            if name == "prism":
+                loss(*part[:2], sample_ids=part[2])
+                found["kept", step] = loss.last_active
+            callback.learn = SimpleNamespace(training=True, loss_func=loss, pred=part[0], yb=(part[1], None, None, None, part[2]) if ids else (part[1],))
+            callback.after_batch()
         torch.save(loss.state_dict(), f"{folder}/{name}-{rank}.pt")
+    torch.save(found, f"{folder}/found-{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_one_process_and_two_gathering_processes_hold_the_same_queue(tmp_path):
+def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
+    "States, memory terms and PRISM's verdicts, with parts of different length."
     mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"found-{rank}.pt") for rank in (0, 1)]
     for name in MEMORY_LOSSES:
         single = build(name)
-        for x, y in steps(9):
-            single.remember(x, y)
+        for step, (x, y) in enumerate(steps(9)):
+            x, ids = x.float().double(), (torch.arange(B) + 3 * step,) if takes_ids(single) else ()
+            if name in ("xbm", "prism"):
+                assert sum(part[name, step] for part in found) == pytest.approx(single.against_memory(x, y, sample_ids=ids[0]).item(), rel=1e-6)
+            if name == "prism":
+                assert sum(part["kept", step] for part in found) == single.judge(x, y)[0].sum()
+            single.remember(x.float(), y, *ids)
         for rank in (0, 1):
             twin = build(name)
             twin.load_state_dict(torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True))

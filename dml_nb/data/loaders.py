@@ -176,14 +176,15 @@ def set_epoch(
     loader.sampler.set_epoch(epoch)
     loader.dataset.epoch = epoch
 
-# %% ../../nbs/14_data.loaders.ipynb #22280cfe
+# %% ../../nbs/14_data.loaders.ipynb #11b440fc
 def _only_x(batch): return batch[:1]
 
 def eval_loader(
     dataset, # as in `train_loader`
     batch_size:int=256, # images a batch
-    workers:int=0 # as in `train_loader`
+    workers:int=0, # as in `train_loader`
+    sampler=None # batches of indices, such as the share of one of several processes; None: all in order
 ) -> DataLoader: # of (x (B, C, H, W),)
     "All images in order, nothing dropped, no labels."
-    sampler = EpochSampler(len(dataset), batch_size, shuffle=False, drop_last=False)
+    sampler = sampler or EpochSampler(len(dataset), batch_size, shuffle=False, drop_last=False)
     return _loader(SeededBatches(dataset), sampler, workers, collate_fn=_only_x)

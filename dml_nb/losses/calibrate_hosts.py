@@ -84,7 +84,7 @@ def cp_cosface(num_classes: int, # C
     check_at_least(margin=(margin, 0), scale=(scale, 0))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(cosface, margin=margin, scale=scale), **kwargs)
 
-# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #37efd2d4
+# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #66851f63
 @register("cp_arcface", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
 def cp_arcface(num_classes: int, # C
@@ -92,12 +92,13 @@ def cp_arcface(num_classes: int, # C
                margin: float = math.radians(28.6), # m, added to the own angle, in radians
                scale: float = 64., # κ
                combine: str = "average", # the sum is no cosine
+               empty_queue: str = "twice", # so that a class without entries keeps S = S_p under the average
                **kwargs, # the options of `CalibrateProxyLoss`
               ) -> CalibrateProxyLoss:
     "CP around ArcFace, with the average of both similarities."
     check_at_least(margin=(margin, 0), scale=(scale, 0))
     if combine == "sum": raise ValueError("cp_arcface needs combine='average': the sum of two cosines has no angle.")
-    return CalibrateProxyLoss(num_classes, embedding_size, partial(arcface, margin=margin, scale=scale), combine=combine, **kwargs)
+    return CalibrateProxyLoss(num_classes, embedding_size, partial(arcface, margin=margin, scale=scale), combine=combine, empty_queue=empty_queue, **kwargs)
 
 # %% ../../nbs/37a_losses.calibrate_hosts.ipynb #73ff2e87
 def calibrate(host: str | Callable[[Tensor, Tensor], Tensor], # name, such as "proxy_anchor", or a function of class similarities (B, C) and labels

@@ -69,7 +69,7 @@ def metric_variance(sim_BN: Tensor, # (B, N) similarities
     mu_B1 = h*mean(pos_BN) + (1 - h)*mean(neg_BN)
     return (sim_BN - mu_B1).masked_fill(~neg_BN, 0).square().sum(1)
 
-# %% ../../nbs/32b_losses.cbml.ipynb #6939dd81
+# %% ../../nbs/32b_losses.cbml.ipynb #64e2220e
 @register("cbml", official_code=dict(h=.1, self_eps=1e-5))
 class CBMLLoss(PairLoss):
     "Contrastive Bayesian loss with the metric variance constraint (Kan et al., TPAMI 2022)."
@@ -85,7 +85,7 @@ class CBMLLoss(PairLoss):
                  omega_p: float = .25, # slope of "const" for positives
                  omega_n: float = .25, # and for negatives
                  negatives: str = "adaptive", # "adaptive", or "top100": the 100 nearest
-                 miner: nn.Module | None = None, # applied before CBML's own mining
+                 miner: nn.Module | None = None, # takes the place of CBML's own mining; the variance still sees every negative
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
         super().__init__(miner, self_eps)
@@ -94,6 +94,7 @@ class CBMLLoss(PairLoss):
         check_at_least(beta_p=(beta_p, 1e-6), beta_n=(beta_n, 1e-6), gamma=(gamma, 0), h=(h, 0), omega_p=(omega_p, 0), omega_n=(omega_n, 0),
                        alpha_p=(alpha_p, -inf), alpha_n=(alpha_n, -inf), margin=(margin, -inf))
         if h > 1: raise ValueError(f"h must be at most 1, it is a share, got {h}.")
+        if kind != "const" and (omega_p, omega_n) != (.25, .25): raise ValueError(f"omega_p and omega_n have no effect with kind={kind!r}: leave them out, or use kind='const'.")
         largest = max((1 + alpha_p)/beta_p, (1 - alpha_n)/beta_n)
         if largest > KINDS[kind]: raise ValueError(f"kind={kind!r} needs exponents up to {KINDS[kind]:g}, these constants reach {largest:.4g}: raise beta_p or beta_n, or use kind='log'.")
         self.kind, self.margin, self.gamma, self.h, self.negatives = kind, margin, gamma, h, negatives
@@ -102,14 +103,22 @@ class CBMLLoss(PairLoss):
 # %% ../../nbs/32b_losses.cbml.ipynb #310208fb
 from fastcore.basics import patch
 
-# %% ../../nbs/32b_losses.cbml.ipynb #75144160
+# %% ../../nbs/32b_losses.cbml.ipynb #3338d6b3
+@patch
+def mined(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor: # scalar
+    "Slack mining, unless someone else chooses the pairs."
+    if self.self_eps is not None: pos_BN = pos_BN & (sim_BN < 1 - self.self_eps)
+    self.every = pos_BN, neg_BN
+    if self.miner is None and indices is None: pos_BN, neg_BN = cbml_mining(sim_BN, pos_BN, neg_BN, self.margin, self.negatives)
+    return PairLoss.mined(self, sim_BN, pos_BN, neg_BN, indices)
+
+# %% ../../nbs/32b_losses.cbml.ipynb #c0b9d7c3
 @patch
 def pairs(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
     "Posterior cost of the mined pairs plus the variance of all negatives, for anchors that survive."
-    mined = cbml_mining(sim_BN, pos_BN, neg_BN, self.margin, self.negatives)
-    u_B, v_B = log_odds(sim_BN, *mined, *self.doubt)
+    u_B, v_B = log_odds(sim_BN, pos_BN, neg_BN, *self.doubt)
     cost_B = posterior_cost(u_B, self.kind, self.omega_p) + posterior_cost(v_B, self.kind, self.omega_n)
-    if self.gamma: cost_B = cost_B + self.gamma*metric_variance(sim_BN, pos_BN, neg_BN, self.h)
-    used_B = mined[0].any(1)
+    if self.gamma: cost_B = cost_B + self.gamma*metric_variance(sim_BN, *self.every, self.h)
+    used_B = pos_BN.any(1)
     self.active = used_B.sum()
     return torch.where(used_B, cost_B, 0).mean()

@@ -124,7 +124,7 @@ def weighted_violation(violation_BN: Tensor, # (B, N) violations, 0 where none
     if not fixed: share_BN *= (violation_BN - mean_B1).mul_(temp).add_(1)
     return mean_B1[:, 0], share_BN
 
-# %% ../../nbs/34_losses.distributions.ipynb #60458306
+# %% ../../nbs/34_losses.distributions.ipynb #cb299d15
 VARIANTS = ("paper", "pml", "cbml")
 
 @register("ranked_list", pml=dict(variant="pml"), cbml_repo=dict(variant="cbml"))
@@ -144,6 +144,7 @@ class RankedListLoss(PairLoss):
         check_at_least(margin=(margin, 0), alpha=(self.alpha, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0))
         if balance > 1: raise ValueError(f"balance must be at most 1, got {balance}: it is the share of the negatives.")
         if variant not in VARIANTS: raise unknown("variant", variant, VARIANTS)
+        if variant == "cbml" and (t_pos or balance != .5): raise ValueError("variant='cbml' weighs all positives alike and takes both parts in full: leave t_pos and balance out.")
         self.margin, self.t_neg, self.t_pos, self.balance, self.variant = margin, t_neg, t_pos, balance, variant
         self.exact_gradient = variant != "paper" # there the weights count as constants
 

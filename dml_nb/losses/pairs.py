@@ -49,14 +49,14 @@ def equal_shares(mask: Tensor, # boolean
     "The weights of a mean over a mask."
     return mask.to(like.dtype) / mask.sum(dim, keepdim=dim is not None).clamp_min(1)
 
-# %% ../../nbs/32_losses.pairs.ipynb #a0c4b284
+# %% ../../nbs/32_losses.pairs.ipynb #13461e8b
 def distance(sim: Tensor, # cosine similarities, any shape
             ) -> tuple[Tensor, Tensor]: # Euclidean distances d of the unit vectors, and 1/d = -∂d/∂s
     "Distance and its slope; both 0 where the vectors are equal up to rounding."
     dist = torch.sub(2, sim, alpha=2)
     equal = dist < 8*torch.finfo(sim.dtype).eps
-    dist = dist.masked_fill(equal, 0).sqrt()
-    return dist, dist.reciprocal().masked_fill(equal, 0)
+    dist.masked_fill_(equal, 0).sqrt_()
+    return dist, dist.reciprocal().masked_fill_(equal, 0)
 
 # %% ../../nbs/32_losses.pairs.ipynb #8062e942
 @torch.no_grad()
@@ -96,7 +96,7 @@ def online_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
     grad_BN = (-2*pos_BN.to(sim_BN.dtype)).flatten().index_copy(0, drawn, 2*gap*slope).view_as(sim_BN)
     return (((2 - 2*sim_BN)*pos_BN).sum() + (gap**2).sum()) / total, grad_BN / total
 
-# %% ../../nbs/32_losses.pairs.ipynb #591ebd3d
+# %% ../../nbs/32_losses.pairs.ipynb #093a850e
 @torch.no_grad()
 def pml_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
                     margin: float = 1., # negatives beyond this distance are left alone
@@ -104,9 +104,12 @@ def pml_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
                    ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
     "Active mean over positives plus active mean over negatives, distances not squared."
     dist_BN, slope_BN = distance(sim_BN)
-    pull_BN, push_BN = equal_shares(pos_BN & (dist_BN > pos_margin), sim_BN), equal_shares(neg_BN & (dist_BN < margin), sim_BN)
-    value = ((dist_BN - pos_margin)*pull_BN + (margin - dist_BN)*push_BN).sum()
-    return value, slope_BN*(push_BN - pull_BN)
+    far_BN, near_BN = pos_BN & (dist_BN > pos_margin), neg_BN & (dist_BN < margin)
+    far, near = far_BN.sum(), near_BN.sum()
+    weight_BN = near_BN.to(sim_BN.dtype).div_(near.clamp_min(1)).sub_(far_BN.to(sim_BN.dtype).div_(far.clamp_min(1)))
+    some_near, some_far = (near > 0).to(sim_BN.dtype), (far > 0).to(sim_BN.dtype)
+    value = margin*some_near - pos_margin*some_far - torch.dot(weight_BN.flatten(), dist_BN.flatten())
+    return value, weight_BN.mul_(slope_BN)
 
 # %% ../../nbs/32_losses.pairs.ipynb #3237c738
 @torch.no_grad()
@@ -190,7 +193,7 @@ def binomial_deviance(sim_BN: Tensor, # (B, N) similarities
     u_BN = torch.where(pos_BN, -beta*excess_BN, alpha*excess_BN)
     return (softplus(u_BN, threshold=50)*(pull_BN + push_BN)).sum(), u_BN.sigmoid()*(alpha*push_BN - beta*pull_BN)
 
-# %% ../../nbs/32_losses.pairs.ipynb #8d63fe1a
+# %% ../../nbs/32_losses.pairs.ipynb #d0ab82a6
 BINOMIAL_SLOPE = dict(deep_metric=40., horde=50.)
 
 @register("binomial_deviance", official_code=dict(self_eps=1e-5), horde=dict(variant="horde"))
@@ -206,6 +209,7 @@ class BinomialDevianceLoss(SlackPairLoss):
                  miner: nn.Module | None = None, # takes the place of the hard mining
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
+        if slack != .1 and not hard_mining: raise ValueError(f"slack={slack} has no effect without hard_mining: pass hard_mining=True, or leave slack out.")
         super().__init__(slack if hard_mining else None, miner, self_eps)
         if variant not in BINOMIAL_SLOPE: raise unknown("variant", variant, BINOMIAL_SLOPE)
         self.variant, self.alpha, self.beta, self.margin = variant, BINOMIAL_SLOPE[variant] if alpha is None else alpha, beta, margin

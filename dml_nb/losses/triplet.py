@@ -32,7 +32,7 @@ def count_violations(dist_BN: Tensor, # (B, N) distances
     c_BP = places.cumsum(1)[:, :P]
     return (beyond_BN - P).scatter_add_(1, index_BP.gather(1, order_BP), c_BP), c_BP.sum()
 
-# %% ../../nbs/33_losses.triplet.ipynb #6a288c0e
+# %% ../../nbs/33_losses.triplet.ipynb #7349af9c
 @register("triplet", tensorflow=dict(margin=1., rule="tf"), cbml_repo=dict(margin=1., rule="all", each_pair_once=True),
           proxy_anchor_repo=dict(margin=.1, rule="semihard", squared=False, reduction="active"))
 class TripletLoss(PairLoss):
@@ -50,6 +50,7 @@ class TripletLoss(PairLoss):
         check_at_least(margin=(margin, 0))
         if rule not in ("all", "semihard", *RULES): raise unknown("rule", rule, ("all", "semihard", *RULES))
         if reduction not in ("mean", "active"): raise unknown("reduction", reduction, ("mean", "active"))
+        if fallback and rule != "facenet": raise ValueError(f"fallback has no effect with rule={rule!r}: leave it out, or use rule='facenet'.")
         self.margin, self.rule, self.squared, self.reduction, self.each_pair_once = margin, rule, squared, reduction, each_pair_once
         self.picker = SemiHardMiner(margin, rule, squared, fallback) if rule in RULES else None
 
@@ -102,7 +103,7 @@ def margin_parts(dist: Tensor, # distances
     "Both hinges of the margin loss (Wu et al., ICCV 2017)."
     return relu(dist - beta + margin), relu(beta - dist + margin)
 
-# %% ../../nbs/33_losses.triplet.ipynb #c6ac5f79
+# %% ../../nbs/33_losses.triplet.ipynb #191ced17
 @register("margin", cbml_repo=dict(far=None, one_per_anchor=True))
 class MarginLoss(PairLoss):
     "Positives below, negatives above a threshold, with a gap (Wu et al., ICCV 2017)."
@@ -122,6 +123,7 @@ class MarginLoss(PairLoss):
         super().__init__(miner, self_eps)
         check_at_least(margin=(margin, 0), beta=(beta, 0), nu=(nu, 0))
         if rule not in ("distance_weighted", "all"): raise unknown("rule", rule, ("distance_weighted", "all"))
+        if rule == "all" and (far != 1.4 or one_per_anchor): raise ValueError("far and one_per_anchor have no effect with rule='all', which draws nothing: leave them out.")
         if learn_beta not in (None, "shared", "class"): raise unknown("learn_beta", learn_beta, ("shared", "class"))
         if learn_beta == "class" and num_classes is None: raise ValueError("learn_beta='class' needs num_classes: pass num_classes=....")
         if nu and learn_beta is None: raise ValueError(f"nu={nu} has no effect on a constant beta: pass learn_beta='shared' or 'class', or nu=0.")

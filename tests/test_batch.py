@@ -1,0 +1,373 @@
+"Batches that are killed, doubled, spread over nodes, or meet bad files: nothing is run twice, no half result counts."
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+from dml_nb.experiments import batch, records
+from dml_nb.experiments import job as job_module
+from dml_nb.experiments.rows import find_rows
+
+SMALL = dict(backbone="small_cnn", embedding_size=32, batch_size=24, lr=0.001)
+TINY = ["--backbone", "small_cnn", "--set", "embedding_size=32", "--set", "batch_size=24", "--set", "lr=0.001"]
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'dml_nb[cluster]'")
+
+
+def until(what, process=None, seconds=240):
+    "Wait for something to be true."
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), process and process.communicate()[0]
+        time.sleep(0.02)
+    return found
+
+
+def start(dml_nb, *args):
+    # a job in the background inherits an ignored SIGINT; at a terminal it is not ignored
+    return subprocess.Popen([dml_nb.command, *map(str, args)], cwd=dml_nb.folder, env=dml_nb.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def kernels(folder):
+    "Processes of notebooks that work below a folder."
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any("ipykernel" in word for word in process.cmdline()) and process.cwd().startswith(str(folder)):
+                found.append(process)
+        except psutil.Error:
+            pass
+    return found
+
+
+def checkpoints(folder):
+    return [path for path in Path(folder).glob("runs/**/checkpoint.pt") if path.stat().st_size]
+
+
+def epochs_before(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["history"]
+
+
+def check_resumed(folder, before, epochs=25):
+    "The epochs of the first attempt were kept, the others added, and one whole result is there."
+    history = pd.read_csv(folder / "history.csv")
+    assert 0 < len(before) < epochs and history.epoch.tolist() == list(range(epochs))
+    assert history.train_seconds[: len(before)].tolist() == pytest.approx([line["train_seconds"] for line in before], rel=1e-4)
+    assert records.read_result(folder / "result.json")["last"]["epoch"] == epochs - 1
+    assert not (folder / "checkpoint.pt").exists() and not list(folder.glob("*.tmp*")) and not (folder / ".lock").exists()
+
+
+def test_a_killed_notebook_is_started_again_where_it_stopped(dml_nb, glyph_folder):
+    process = start(dml_nb, "run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=25")
+    (path,) = until(lambda: checkpoints(dml_nb.folder), process)
+    (kernel,) = kernels(dml_nb.folder)
+    kernel.send_signal(signal.SIGSTOP)
+    before = epochs_before(path)
+    kernel.kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "1 done, 0 failed: 1 run now" in output
+    check_resumed(path.parent, before)
+
+
+def test_a_killed_batch_is_finished_by_one_of_two_that_start_at_once(dml_nb, glyph_folder):
+    args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=30"]
+    process = start(dml_nb, *args)
+    (path,) = until(lambda: checkpoints(dml_nb.folder), process)
+    process.kill()  # its notebook lives on for a moment: a new one must not write beside it
+    process.wait()
+    assert not list(path.parent.glob("result.json"))
+    both = [start(dml_nb, *args) for _ in range(2)]
+    time.sleep(0.5)
+    before = epochs_before(path)
+    outputs = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    assert sorted("1 run now, 0 done before" in output for output in outputs) == [False, True], outputs
+    assert sorted("0 run now, 1 done before" in output for output in outputs) == [False, True], outputs
+    check_resumed(path.parent, before, 30)
+    assert len(list(dml_nb.folder.glob("runs/**/result.json"))) == 1
+
+
+def test_a_failing_row_is_written_down_and_the_others_go_on(dml_nb, glyph_folder):
+    rows = ["CP + PA K=3", "Proxy Anchor"]
+    args = ["run", *rows, "--dataset", glyph_folder, *TINY, "--set", "epochs=1"]
+    first, _ = batch.plan([find_rows(name)[0] for name in rows], [0], str(glyph_folder), epochs=1, **SMALL)
+    folder = records.run_folder(dml_nb.folder / "runs", first.rows[0], first.settings, 0)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"cut short")
+    output = dml_nb(*args, status=1)
+    assert "1 done, 1 failed: 1 run now" in output and "cannot be read" in output
+    failed = json.loads((folder / "failed.json").read_text())
+    assert failed["error"] == "ValueError" and "resume(learn" in failed["traceback"] and (folder / "failed.ipynb").exists()
+    assert not (folder / "result.json").exists() and not (folder / "run.ipynb").exists()
+    (folder / "checkpoint.pt").unlink()
+    assert "2 done, 0 failed: 1 run now, 1 done before" in dml_nb(*args)
+    assert not list(folder.glob("failed.*"))
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="a small disk is made with unshare -rm, which this machine does not allow")
+def test_on_a_full_disk_nothing_half_counts(dml_nb, glyph_folder):
+    run = " ".join(["'" + str(a) + "'" for a in (dml_nb.command, "run", "CP + PA K=3", "Proxy Anchor", "--dataset", glyph_folder, *TINY, "--set", "epochs=1")])
+    (dml_nb.folder / "runs").mkdir()
+    script = f"""
+        mount -t tmpfs -o size=800k tmpfs runs || exit 77
+        {run} > first.txt 2>&1; echo $? > status.txt
+        find runs -name result.json > half.txt
+        mount -o remount,size=100m runs || exit 77
+        {run} > second.txt 2>&1 || exit 1
+        find runs -name result.json > whole.txt
+    """
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=dml_nb.folder, env=dml_nb.environment, capture_output=True, text=True, timeout=400)
+    if done.returncode == 77:
+        pytest.skip("this machine does not allow mounting a small disk")
+    texts = {name: (dml_nb.folder / f"{name}.txt").read_text() for name in ("first", "second", "status", "half", "whole")}
+    assert done.returncode == 0, texts
+    assert texts["status"] == "1\n" and "is full: make room" in texts["first"] and texts["half"] == ""
+    assert "2 done, 0 failed: 2 run now" in texts["second"] and texts["whole"].count("result.json") == 2
+
+
+# With a stand-in for papermill the rest takes no time.
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    "A notebook that only writes a result; counts how often it is run."
+    calls = []
+
+    def papermill(job, row, folder):
+        calls.append(row.id)
+        (folder / "history.csv").write_text("epoch\n0\n")
+        line = {"epoch": 0, "R@1": 0.5, "MAP@R": 0.25}
+        result = dict(row=row.id, method=row.method, table=row.table, seed=job.seed, settings=job.settings, best=line, last=line, claimed=row.claimed, own_setting=False,
+                      seconds=dict(train=1, evaluate=1, fit=2, notebook=3), environment=dict(dml_nb=records.version("dml_nb")), data_checksum=job.checksum)
+        (folder / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(job_module, "run_notebook", papermill)
+    return calls
+
+
+TINY_GLYPHS = dict(dataset="glyphs", backbone="small_cnn", epochs=1)
+
+
+def run(names, out, seeds=(0,), **changes):
+    return batch.execute_all([find_rows(name)[0] for name in names], list(seeds), out, **TINY_GLYPHS | changes)
+
+
+def test_rows_that_ask_for_the_same_share_a_run(fake, tmp_path, capsys):
+    twins = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "002-III/cub-cp-pa"]
+    done, _ = run(twins, tmp_path)
+    assert len(fake) == 1 and "3 done, 0 failed: 1 run now, 0 done before, 2 shared" in capsys.readouterr().out
+    found = [records.read_result(folder / "result.json") for folder in done]
+    assert [r["row"] for r in found] == twins and [r["claimed"] for r in found] == [find_rows(t)[0].claimed for t in twins]
+    assert [r.get("shared_with") for r in found] == [None] + [done[0].relative_to(tmp_path.resolve()).as_posix()] * 2
+    late, _ = run(["002-IV/cars-cp-proxy-anchor-loss"], tmp_path)  # asked for on another day
+    assert len(fake) == 1 and records.read_result(late[0] / "result.json")["shared_with"] == found[1]["shared_with"]
+    run(twins, tmp_path)
+    assert len(fake) == 1 and "3 done before" in capsys.readouterr().out
+
+
+def test_a_shared_run_is_not_lost_with_its_first_row(fake, tmp_path):
+    done, _ = run(["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss"], tmp_path)
+    shutil.rmtree(done[0])
+    again, _ = run(["002-IV/cub-cp-proxy-anchor-loss"], tmp_path)
+    assert len(fake) == 1 and again == done[1:]
+
+
+def test_another_seed_setting_or_backbone_is_another_run(fake, tmp_path):
+    for changes in ({}, dict(seeds=[1]), dict(lr=0.5), dict(epochs=2), dict(backbone="resnet18")):
+        run(["CP + PA K=3"], tmp_path, **changes)
+    assert len(fake) == 5
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1]", lambda text: '{"row": 1}'])
+def test_a_damaged_result_is_set_aside_and_run_again(fake, tmp_path, capsys, damage):
+    (folder,), _ = run(["CP + PA K=3"], tmp_path)
+    (folder / "result.json").write_text(damage((folder / "result.json").read_text()))
+    run(["CP + PA K=3"], tmp_path)
+    assert len(fake) == 2 and "is damaged" in capsys.readouterr().out
+    assert records.read_result(folder / "result.json") and (folder / "result.stale.json").exists()
+
+
+def test_a_result_of_a_newer_version_is_not_touched(fake, tmp_path):
+    (folder,), _ = run(["CP + PA K=3"], tmp_path)
+    newer = json.loads((folder / "result.json").read_text()) | dict(environment=dict(dml_nb="99.1"))
+    (folder / "result.json").write_text(json.dumps(newer))
+    with pytest.raises(ValueError, match="was written by dml_nb 99.1, here is .*: update dml_nb"):
+        run(["CP + PA K=3"], tmp_path)
+    assert json.loads((folder / "result.json").read_text()) == newer
+
+
+def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeypatch):
+    run(["CP + PA K=3"], tmp_path)
+    run(["CP + PA K=3"], tmp_path, lr=0.5)  # another request is no change of the recipe
+    assert "stale" not in capsys.readouterr().out
+    from dml_nb.experiments import rows
+
+    changed = json.loads(json.dumps(rows.recipes()))
+    changed["settings"]["finetune/glyphs"]["weight_decay"] = 0.25
+    monkeypatch.setattr(rows, "recipes", lambda: changed)
+    run(["CP + PA K=3"], tmp_path)
+    output = capsys.readouterr().out
+    assert len(fake) == 3 and output.count("stale: 002-II/cub-cp-pa-k-3/") == 1 and "the recipe changed: weight_decay 0.0001, now 0.25" in output
+
+
+def test_another_version_of_the_package_is_another_run(fake, tmp_path, capsys, monkeypatch):
+    from dml_nb.experiments import cost
+
+    run(["CP + PA K=3"], tmp_path)
+    for module in (job_module, records):
+        monkeypatch.setattr(module, "version", lambda name: "9.9.9")
+    monkeypatch.setattr(cost, "environment", lambda: dict(device="x"))
+    run(["CP + PA K=3"], tmp_path)
+    assert len(fake) == 2 and "now 9.9.9" in capsys.readouterr().out
+
+
+def test_changed_data_make_result_and_checkpoint_stale(fake, tmp_path, glyph_folder, capsys):
+    data = shutil.copytree(glyph_folder, tmp_path / "letters")
+    (folder,), _ = run(["CP + PA K=3"], tmp_path / "runs", dataset=str(data))
+    (folder / "checkpoint.pt").write_bytes(b"of the old data")
+    next(data.glob("class00/*.png")).unlink()
+    run(["CP + PA K=3"], tmp_path / "runs", dataset=str(data))
+    assert len(fake) == 2 and "the data changed: checksum" in capsys.readouterr().out
+    assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_notebook_that_is_killed_every_time_fails_at_last(tmp_path, monkeypatch):
+    from nbclient.exceptions import DeadKernelError
+
+    tries = []
+
+    def dies(job, row, folder):
+        tries.append(row.id)
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(job_module, "run_notebook", dies)
+    done, (failure,) = run(["CP + PA K=3"], tmp_path, retries=2)
+    assert not done and len(tries) == 3 and "was killed 3 times, perhaps for want of memory" in str(failure)
+
+
+def test_a_full_disk_stops_the_batch(tmp_path, monkeypatch):
+    def full(job, row, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job_module, "run_notebook", full)
+    monkeypatch.setattr(job_module, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(OSError, match="is full: make room, and the same command goes on"):
+        run(["CP + PA K=3", "Proxy Anchor"], tmp_path)
+    assert not list(tmp_path.glob("**/result.json"))
+
+
+def test_what_was_run_before_this_file_existed_still_counts():
+    "The committed results are found by the rules of today."
+    committed = sorted((Path(__file__).parents[1] / "runs").glob("*/*/*/seed*/result.json"))
+    for path in committed:
+        result = records.read_result(path)
+        row, (own,) = find_rows(result["row"])[0], find_rows(result["row"])
+        assert own == row and result["claimed"] == row.claimed
+        if result["environment"]["dml_nb"] == records.version("dml_nb"):
+            assert path.parent == records.run_folder(path.parents[4], row, result["settings"], result["seed"])
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    "Two Ray nodes on this machine, one CPU each."
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@needs_ray
+def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(glyph_folder, tmp_path, nodes, monkeypatch, capsys):
+    from dml_nb.experiments.cluster import Cluster
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "cache"))
+    rows = [find_rows(name)[0] for name in ("CP + PA K=3", "Proxy Anchor", "002-IV/cub-cp-proxy-anchor-loss")]
+    asked = dict(dataset=str(glyph_folder), epochs=8, **SMALL)
+    jobs = batch.plan(rows, [0], **asked)
+    spread, killed = {}, []
+    for i, what in Cluster(nodes).run(jobs, tmp_path / "there", retries=2):
+        if not isinstance(what, str):
+            spread[i] = what
+        elif i == 0 and not killed:
+            path = until(lambda: list((tmp_path / "there" / jobs[0].rows[0].id).glob("*/seed0/checkpoint.pt")))[0]
+            killed.append(int(what.split("process ")[1].rstrip(")")))
+            os.kill(killed[0], signal.SIGKILL)
+            before = path.stat().st_size and epochs_before(path)
+        elif i == 0:
+            assert f"process {killed[0]}) was lost; resumed on" in what
+    assert len(spread) == 2 and [len(spread[i]) for i in (0, 1)] == [2, 1] and len(killed) == 1
+    check_resumed(spread[0][0].folder, before, 8)
+    alone, failed = batch.execute_all(rows, [0], tmp_path / "here", **asked)
+    numbers = [
+        {r["row"]: (r["best"], r["last"], r.get("shared_with")) for r in (records.read_result(p) for p in (tmp_path / side).glob("**/result.json"))} for side in ("here", "there")
+    ]
+    assert not failed and len(numbers[0]) == 3 and numbers[0] == numbers[1]
+
+
+@needs_ray
+def test_ctrl_c_ends_a_batch_on_ray_and_leaves_nothing_running(dml_nb, glyph_folder):
+    args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=200", "--cluster", "local"]
+    process = start(dml_nb, *args)
+    until(lambda: checkpoints(dml_nb.folder), process)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command resumes it" in output and "Traceback" not in output, output
+    until(lambda: not kernels(dml_nb.folder), seconds=10)
+    gone, alive = psutil.wait_procs(below, timeout=10)
+    assert not alive
+    assert checkpoints(dml_nb.folder) and not list(dml_nb.folder.glob("runs/**/result.json"))
+
+
+@needs_ray
+@pytest.mark.parametrize("address, message", [("127.0.0.1:9", "does not answer"), ("nonsense", "wants local, auto or host:port"), ("no.such.host.invalid:6379", "does not answer")])
+def test_a_cluster_that_does_not_answer_is_one_clear_sentence(shell, address, message):
+    started = time.monotonic()
+    assert message in shell("run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--cluster", address, status=1)
+    assert time.monotonic() - started < 20
+
+
+@needs_ray
+def test_a_port_that_is_not_rays_is_noticed(shell):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        started = time.monotonic()
+        output = shell("run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--cluster", f"127.0.0.1:{server.getsockname()[1]}", status=1)
+    assert "the cluster at 127.0.0.1" in output and time.monotonic() - started < 25
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--num-gpus", "1"], "--num-gpus is for --cluster"),
+        (["--set", "cluster=local"], "is no setting of a run"),
+        (["--seeds", "0,one"], "--seeds wants whole numbers"),
+        (["--dataset", "cars"], "'cars' is not available"),
+    ],
+)
+def test_bad_options_of_a_batch(shell, args, message):
+    assert message in shell("run", "CP + PA", *(["--dataset", "glyphs"] if "--dataset" not in args else []), "--backbone", "small_cnn", *args, status=1)
+
+
+def test_missing_data_name_the_command_that_checks_them(shell, tmp_path, monkeypatch):
+    monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
+    output = shell("run", "CP + PA", "--dataset", "cub", "--backbone", "small_cnn", status=1)
+    assert "unpack CUB_200_2011.tgz" in output and "dml_nb data cub" in output

@@ -1,0 +1,224 @@
+"Search: equal to a plain sort of float64 scores on any data, whatever the back end, precision, chunk size and number of processes."
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dml_nb.retrieval.bounds import METRICS, fast_dtype
+from dml_nb.retrieval.ranks import Ranker
+from dml_nb.retrieval.search import search
+from dml_nb.retrieval.shards import search_sharded
+from dml_nb.similarity import unit
+
+CPU = torch.device("cpu")
+HAS_BF16 = fast_dtype(CPU) == torch.bfloat16
+WAYS = [dict(), dict(memory_mb=0.05), dict(precision="float32"), dict(backend="faiss")]
+
+
+def exact(query, gallery, metric):
+    q, g = (unit(x).double() if metric == "cosine" else x.double() for x in (query, gallery))
+    if metric == "euclidean":
+        return -torch.cdist(q, g, compute_mode="donot_use_mm_for_euclid_dist").float() + 0.0
+    return torch.stack([(g * row).sum(1) for row in q]).float() + 0.0
+
+
+def oracle(query, gallery, k, metric="cosine", exclude_self=False):
+    scores = exact(query, gallery, metric)
+    if exclude_self:
+        scores.fill_diagonal_(-torch.inf)
+    values, ids = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k]
+
+
+def make(kind, n, d, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g)
+    if kind == "clusters":
+        x = torch.randn(5, d, generator=g)[torch.randint(0, 5, (n,), generator=g)] + 0.1 * x
+    elif kind == "one corner":
+        x = 1e-3 * x + torch.ones(d)
+    elif kind == "grid":
+        x = torch.randint(-1, 2, (n, d), generator=g).float()
+    elif kind == "copies":
+        x = x[torch.randint(0, max(1, n // 4), (n,), generator=g)]
+    elif kind == "near copies":
+        x = x[torch.randint(0, max(1, n // 4), (n,), generator=g)] * (1 + 2e-7 * torch.randn(n, d, generator=g))
+    elif kind == "all equal":
+        x = x[:1].expand(n, d).clone()
+    elif kind == "zeros":
+        x = x * (torch.rand(n, 1, generator=g) < 0.5)
+    elif kind == "wild lengths":
+        x = x * 10 ** (6 * torch.rand(n, 1, generator=g) - 3)
+    return x
+
+
+KINDS = ["random", "clusters", "one corner", "grid", "copies", "near copies", "all equal", "zeros", "wild lengths"]
+SIZES = dict(n=st.integers(2, 150), d=st.sampled_from([1, 2, 7, 33, 64]), seed=st.integers(0, 10**6))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data(), **SIZES)
+def test_search_is_a_sort_of_exact_scores(kind, metric, data, n, d, seed):
+    x, k = make(kind, n, d, seed), data.draw(st.integers(1, n - 1))
+    for way in WAYS:
+        for exclude_self in (True, False):
+            values, ids = search(x, x, k, metric=metric, exclude_self=exclude_self, **way)
+            expected = oracle(x, x, k, metric, exclude_self)
+            assert torch.equal(values, expected[0]) and torch.equal(ids, expected[1]), way
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(column=st.integers(0, 10**6), metric=st.sampled_from(METRICS), **SIZES)
+def test_counts_are_counts_of_exact_scores(kind, column, metric, n, d, seed):
+    x = make(kind, n, d, seed)
+    scores = exact(x, x, metric)
+    than = scores[:, column % n].clone()
+    scores.fill_diagonal_(-torch.inf)
+    for settings_ in (dict(), dict(precision="float32"), dict(memory_mb=0.05), dict(memory_mb=8 * n * d / 2**19)):
+        above, equal = Ranker(x, metric=metric, **settings_).counts(than)
+        assert torch.equal(above, (scores > than[:, None]).sum(1)) and torch.equal(equal, (scores == than[:, None]).sum(1))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(**SIZES)
+def test_permuting_the_gallery_permutes_ids(n, d, seed):
+    x = make("random", n, d, seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    values, ids = search(x[:10], x, n)
+    moved, moved_ids = search(x[:10], x[order], n)
+    assert torch.equal(values, moved)
+    distinct = (values[:, 1:] != values[:, :-1]).all(1)
+    assert torch.equal(order[moved_ids][distinct], ids[distinct])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(**SIZES)
+def test_far_points_change_nothing(n, d, seed):
+    x = make("random", n, d, seed)
+    x[:, 0] = x[:, 0].abs() + 100
+    far = -x[: max(1, n // 2)]
+    for before, after in zip(search(x, x, n), search(x, torch.cat([x, far]), n)):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["random", "clusters", "one corner", "near copies"])
+def test_galleries_where_the_bound_prunes(kind):
+    x = make(kind, 5000, 64, 0)
+    for way in WAYS:
+        for k in (1, 30, 700):
+            for got, expected in zip(search(x[::100], x, k, **way), oracle(x[::100], x, k)):
+                assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this processor does not multiply bfloat16")
+def test_bfloat16_leaves_few_candidates():
+    x = make("random", 5000, 128, 0)
+    ranker = Ranker(x, precision="bfloat16")
+    chunk = next(ranker._chunks(torch.arange(100)))
+    product = ranker._product(chunk)
+    best = ranker._blocks(product, 10)
+    kth = best.sort(1).values[:, -10].double()
+    left = sum(len(ids) for *_, ids, _ in ranker._survivors(product, best, ranker._below(ranker._below(kth) - 2 * chunk.bound)))
+    assert 1000 <= left < 4000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["random", "copies", "one corner"])
+def test_gpu_equals_cpu(kind):
+    x = make(kind, 3000, 64, 0)
+    for metric in METRICS:
+        for precision in ("auto", "float32"):
+            for got, expected in zip(search(x.cuda(), x.cuda(), 20, metric=metric, precision=precision, exclude_self=True), search(x, x, 20, metric, exclude_self=True)):
+                assert torch.equal(got.cpu(), expected)
+
+
+def test_without_bfloat16_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    x = make("copies", 200, 16, 0)
+    assert Ranker(x).dtype == torch.float32
+    assert torch.equal(search(x, x, 7)[1], oracle(x, x, 7)[1])
+    with pytest.raises(ValueError, match="use 'auto'"):
+        search(x, x, 7, precision="bfloat16")
+
+
+@pytest.mark.parametrize("api", ["legacy", "new", "autocast"])
+def test_settings_of_torch_do_not_reach_the_product(api):
+    x, matmul = make("random", 300, 64, 0), torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        if api == "legacy":
+            torch.set_float32_matmul_precision("medium")
+        if api == "new":
+            matmul.fp32_precision = "bf16"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=api == "autocast"):
+            values, ids = search(x, x, 20, precision="float32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+    expected = oracle(x, x, 20)
+    assert torch.equal(values, expected[0]) and torch.equal(ids, expected[1])
+
+
+def test_faiss_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    x = make("random", 20, 4, 0)
+    search(x, x, 3)
+    with pytest.raises(ImportError, match=r"dml_nb\[faiss\]"):
+        search(x, x, 3, backend="faiss")
+
+
+def test_no_bar_for_a_short_search(capsys):
+    x = make("random", 200, 8, 0)
+    search(x, x, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_memory_is_bounded():
+    "A full matrix of these scores takes 3.6 GB."
+    code = """if True:
+    import resource, torch
+    from dml_nb.retrieval.search import search
+    x = torch.randn(30000, 32)
+    search(x[:300], x[:300], 3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    search(x, x, 10, memory_mb=64)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 250
+
+
+def _shard(rank, sizes, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
+    x = make("copies", sum(sizes), 16, 0)
+    shard = x.split(sizes)[rank]
+    got = [search_sharded(x, shard, k, exclude_self, metric=metric) for metric in METRICS for k in (1, 12, 150) for exclude_self in (False, True)]
+    errors = []
+    for bad_query, bad_shard, k in ((x, shard * (torch.nan if rank else 1), 3), (x, shard, 500), (x + rank, shard, 3)):
+        try:
+            search_sharded(bad_query, bad_shard, k)
+        except ValueError as error:
+            errors.append(str(error))
+    torch.save((got, errors), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    sizes = (70, 130)
+    torch.multiprocessing.spawn(_shard, args=(sizes, tmp_path / "store", tmp_path), nprocs=2)
+    x = make("copies", sum(sizes), 16, 0)
+    expected = [search(x, x, k, metric=metric, exclude_self=own) for metric in METRICS for k in (1, 12, 150) for own in (False, True)]
+    for rank in range(2):
+        got, errors = torch.load(tmp_path / f"{rank}.pt")
+        for one, whole in zip(got, expected):
+            assert torch.equal(one[0], whole[0]) and torch.equal(one[1], whole[1])
+        assert len(errors) == 3
+        assert "process 1: gallery contains NaN" in errors[0] and "k must lie in 1...200" in errors[1] and "different queries" in errors[2]
