@@ -6,8 +6,9 @@
 __all__ = ['app', 'Out', 'Cpus', 'Gpus', 'Memory', 'fail', 'parse_settings', 'parse_seeds', 'rows', 'run', 'report', 'data',
            'quickstart', 'bench']
 
-# %% ../nbs/70_cli.ipynb #33cd3ea5
+# %% ../nbs/70_cli.ipynb #6a57b5df
 import json
+import logging
 import subprocess
 import sys
 import warnings
@@ -84,7 +85,7 @@ Cpus = Annotated[Optional[float], typer.Option(help="CPUs per row, on a cluster.
 Gpus = Annotated[Optional[float], typer.Option(help="GPUs per row, on a cluster; default: one if there are any.")]
 Memory = Annotated[Optional[float], typer.Option(help="GiB of memory per row, on a cluster.")]
 
-# %% ../nbs/70_cli.ipynb #02488bb6
+# %% ../nbs/70_cli.ipynb #4e2a2061
 @app.command(epilog='Example: dml_nb run "CP + Proxy Anchor" --dataset cub --backbone efficientnet_lite0 --regime frozen --seeds 0')
 def run(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or tables.")],
         dataset: Annotated[Optional[str], typer.Option(help="Data set or folder of class folders, instead of the row's own.")] = None,
@@ -109,7 +110,9 @@ def run(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or
             if key in signature(execute_all).parameters: raise ValueError(f"--set {key} is no setting of a run: see dml_nb run --help for the options.")
         done, failed = execute_all(chosen, parse_seeds(seeds), out, dataset, backbone, regime, spread, retries, measure, **overrides)
     except (ValueError, OSError) as e: fail(e)
-    except KeyboardInterrupt: raise typer.Exit(130)
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL) # the interrupted notebook's event loop has its own last words
+        raise typer.Exit(130)
     typer.echo("Notebooks:")
     for folder in done:
         if (folder/"run.ipynb").exists(): typer.echo(f"  {folder/'run.ipynb'}")

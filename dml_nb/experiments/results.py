@@ -127,7 +127,7 @@ def where(settings: dict, # of a run
     "Data, backbone and regime of a run, in words."
     return f"{Path(settings['dataset']).name}, {settings['backbone']}, {settings['regime']}" + ("" if settings.get("holdout") is None else ", HELD-OUT TRAINING CLASSES")
 
-# %% ../../nbs/63_results.ipynb #b505179c
+# %% ../../nbs/63_results.ipynb #159797fa
 def computation(result: dict, # of a run
                ) -> int: # equal for results of the same computation, within this process
     "Names what was computed, whichever row it stands for and wherever it lies."
@@ -145,7 +145,7 @@ def runs_frame(results: list[dict], # from `load_results`
         known = {k: r[k] for k in ("table", "row", "method", "seed", "folder")} | dict(run=computation(r), where=where(s), variant=variant(r), loss=s["loss"], noise=s.get("noise", "none"), own=r["own_setting"], embedding_size=s["embedding_size"],
                  training=f"{s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g})",
                  batches=in_words({k: s.get(k) for k in ("batch_size", "per_class", "train_crop", "noise", "holdout")}), version=env["dml_nb"], commit=env.get("commit", ""), data=r["data_checksum"])
-        lines += [known | dict(epoch=epoch, metric=m, value=v if m == "deviation" else 100*v, claimed=r["claimed"].get(m, "")) for epoch in ("best", "last") for m, v in r[epoch].items() if m != "epoch"]
+        lines += [known | dict(epoch=epoch, metric=m, value=v if m.startswith("deviation") else 100*v, claimed=r["claimed"].get(m, "")) for epoch in ("best", "last") for m, v in r[epoch].items() if m != "epoch"]
     frame = pd.DataFrame(lines)
     for column, word in (("version", "dml_nb "), ("data", "data ")):
         several = frame.groupby(RUN)[column].transform("nunique") > 1

@@ -101,7 +101,7 @@ def alone(self: Run, patience: float = 60): # seconds to wait for another proces
     try: self.lock.acquire(timeout=patience)
     except Timeout: raise ValueError(f"another process is working in {self.folder}: wait for it, or choose another folder.") from None
 
-# %% ../../nbs/61_runner.ipynb #af190cad
+# %% ../../nbs/61_runner.ipynb #3cf4193b
 @patch
 def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkpoint if there is one
     "Build the Learner of the run."
@@ -117,6 +117,7 @@ def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkp
         model.to(memory_format=torch.channels_last)
         dls = image_dls(data, model.spec, s["batch_size"], self.seed, s["train_crop"], os.cpu_count() or 0, s.get("per_class"))
     loss = create_loss(s["loss"], num_classes=len(data.train.classes), embedding_size=s["embedding_size"], **s["params"])
+    if getattr(loss, "proxy_init", None) == "class_means": loss.init_from_class_means(embed(model, dls.train_plain, workers=dls.workers), dls.train_labels)
     learn = dml_learner(dls, model, loss, s["lr"], s["head_lr"], s["proxy_lr_mult"], s["weight_decay"], s["warm_epochs"],
                         s["clip_value"], tuple(s["recall_at"]))
     resume(learn, self.folder/"checkpoint.pt", self.key)
@@ -155,13 +156,13 @@ def peak_memory_mb() -> float: # of this process, in MiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
-# %% ../../nbs/61_runner.ipynb #09e7db5f
+# %% ../../nbs/61_runner.ipynb #61401592
 @patch
 def result(self: Run,
            history: pd.DataFrame, # from `fit`
           ) -> dict: # the content of `result.json`
     "Best and last epoch, the claimed values, and everything needed to judge them."
-    names = [c for c in history if c.startswith("R@") or c in ("MAP@R", "R-precision", "deviation")]
+    names = [c for c in history if c.startswith("R@") or c in ("MAP@R", "R-precision", "deviation", "deviation_pairwise")]
     def line(i): return {"epoch": int(history.epoch[i])} | {n: float(history[n][i]) for n in names}
     best = history[f"R@{self.settings['recall_at'][0]}"].idxmax()
     trained = float(history.train_seconds.sum())
@@ -171,7 +172,7 @@ def result(self: Run,
                 images_per_second=round(len(self.data.train)*len(history)/max(trained, 1e-9), 1), peak_memory_mb=round(peak_memory_mb()),
                 environment=environment(), data_checksum=self.data.checksum)
 
-# %% ../../nbs/61_runner.ipynb #e62e935c
+# %% ../../nbs/61_runner.ipynb #3188e670
 @patch
 def compare(self: Run,
             result: dict, # from `result`
@@ -180,7 +181,7 @@ def compare(self: Run,
     s = self.settings
     paper = f"paper ({self.row.table}: {self.row.dataset}, {self.row.backbone or 'backbone not stated'})"
     ours = f"{s['dataset']}, {s['backbone']}, {s['regime']}" + ("" if result["own_setting"] else ": another setting, not comparable")
-    metrics = [m for m in result["best"] if m not in ("epoch", "deviation")]
+    metrics = [m for m in result["best"] if m not in ("epoch", "deviation", "deviation_pairwise")]
     columns = {(paper, "claimed"): [result["claimed"].get(m, "") for m in metrics]}
     for which in ("best", "last"): columns[ours, f"{which} (epoch {result[which]['epoch']})"] = [f"{100*result[which][m]:.1f}" for m in metrics]
     return pd.DataFrame(columns, index=metrics)

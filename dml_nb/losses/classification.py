@@ -6,17 +6,17 @@
 __all__ = ['INITS', 'CrossEntropyLoss', 'ProxyLoss', 'own_similarity', 'margin_softmax', 'norm_softmax', 'NormSoftmaxLoss',
            'cosface', 'CosFaceLoss', 'cos_of_sum', 'arcface', 'ArcFaceLoss']
 
-# %% ../../nbs/35_losses.classification.ipynb #d3195927
+# %% ../../nbs/35_losses.classification.ipynb #318df1e7
 import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .core import DMLLoss, check_at_least, register
+from .core import DMLLoss, check_at_least, check_whole, register
 from ..similarity import cosine, unknown
 
-# %% ../../nbs/35_losses.classification.ipynb #25b20923
+# %% ../../nbs/35_losses.classification.ipynb #f3d0ccde
 @register("cross_entropy")
 class CrossEntropyLoss(DMLLoss):
     "Cross-entropy of a linear classifier on the raw embeddings, or of given logits."
@@ -26,7 +26,7 @@ class CrossEntropyLoss(DMLLoss):
                  embedding_size: int | None = None, # D; None: the embeddings are the logits (B, C)
                 ):
         super().__init__()
-        check_at_least(num_classes=(num_classes, 1), embedding_size=(1 if embedding_size is None else embedding_size, 1))
+        check_whole(num_classes=(num_classes, 1), embedding_size=(1 if embedding_size is None else embedding_size, 1))
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.classifier = None if embedding_size is None else nn.Linear(embedding_size, num_classes)
 
@@ -34,10 +34,11 @@ class CrossEntropyLoss(DMLLoss):
         "Logits, then cross-entropy."
         if self.classifier is not None: embeddings = linear(embeddings, *(p.to(embeddings.dtype) for p in self.classifier.parameters()))
         elif embeddings.shape[1] != self.num_classes:
-            raise ValueError(f"logits have {embeddings.shape[1]} columns but num_classes is {self.num_classes}: give embedding_size={embeddings.shape[1]} to classify embeddings.")
+            columns = embeddings.shape[1]
+            raise ValueError(f"logits have {columns} columns but num_classes is {self.num_classes}: give embedding_size={columns} to classify embeddings.")
         return nn.functional.cross_entropy(embeddings, labels)
 
-# %% ../../nbs/35_losses.classification.ipynb #99ecbbed
+# %% ../../nbs/35_losses.classification.ipynb #28220231
 INITS = dict(uniform=lambda w: nn.init.uniform_(w, -w.shape[1]**-.5, w.shape[1]**-.5), normal=nn.init.normal_, xavier=nn.init.xavier_uniform_)
 
 class ProxyLoss(DMLLoss):
@@ -48,7 +49,7 @@ class ProxyLoss(DMLLoss):
                  init: str = "uniform", # "uniform", "normal" or "xavier"
                 ):
         super().__init__()
-        check_at_least(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
+        check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
         if init not in INITS: raise unknown("init", init, INITS)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.proxies = nn.Parameter(INITS[init](torch.empty(num_classes, embedding_size)))
@@ -98,7 +99,7 @@ class NormSoftmaxLoss(ProxyLoss):
         "Cosines, then the softmax."
         return norm_softmax(self.similarity(embeddings), labels, self.temperature)
 
-# %% ../../nbs/35_losses.classification.ipynb #c55f0c08
+# %% ../../nbs/35_losses.classification.ipynb #69b756f9
 def cosface(sim_BC: Tensor, # (B, C) similarity of each sample and each class
             labels: Tensor, # (B,) class ids
             margin: float = .35, # m, taken off the own cosine
@@ -118,7 +119,7 @@ class CosFaceLoss(ProxyLoss):
                  init: str = "normal", # "uniform", "normal" or "xavier"
                 ):
         super().__init__(num_classes, embedding_size, init)
-        check_at_least(margin=(margin, 0), scale=(scale, 0))
+        check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         self.margin, self.scale = margin, scale
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def arcface(sim_BC: Tensor, # (B, C) cosine of each sample and each class
     "ArcFace as a function of class cosines (Deng et al. 2019)."
     return margin_softmax(sim_BC, labels, cos_of_sum(own_similarity(sim_BC, labels), margin), scale)
 
-# %% ../../nbs/35_losses.classification.ipynb #7387b0be
+# %% ../../nbs/35_losses.classification.ipynb #071a34cd
 @register("arcface", paper=dict(margin=.5), revisiting=dict(margin=.5, scale=16.))
 class ArcFaceLoss(ProxyLoss):
     "ArcFace (Deng et al., CVPR 2019)."
@@ -153,7 +154,7 @@ class ArcFaceLoss(ProxyLoss):
                  init: str = "normal", # "uniform", "normal" or "xavier"
                 ):
         super().__init__(num_classes, embedding_size, init)
-        check_at_least(margin=(margin, 0), scale=(scale, 0))
+        check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         if margin > math.pi: raise ValueError(f"margin is an angle in radians, at most 3.14159, got {margin}: for degrees pass math.radians({margin}).")
         self.margin, self.scale = margin, scale
 

@@ -7,18 +7,18 @@ __all__ = ['RULES', 'Miner', 'PairMiner', 'TripletMiner', 'slack_mining', 'Multi
            'HardMiner', 'EasyPositiveMiner', 'positive_slots', 'negative_range', 'floor_similarity', 'SemiHardMiner',
            'distance_weights', 'draw_columns', 'DistanceWeightedMiner', 'list_miners', 'create_miner']
 
-# %% ../../nbs/31_losses.mining.ipynb #4021de59
+# %% ../../nbs/31_losses.mining.ipynb #a827c538
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .core import check_at_least
+from .core import check_at_least, check_whole
 from .pairwise import to_indices
 from ..similarity import check_embeddings, check_labels, cosine, in_float32, match_masks, unknown
 
-# %% ../../nbs/31_losses.mining.ipynb #454957a3
+# %% ../../nbs/31_losses.mining.ipynb #3799e32b
 class Miner(nn.Module):
     "Base of the miners: checks its input, compares, and returns index vectors."
     embedding_size: int | None = None
@@ -33,6 +33,7 @@ class Miner(nn.Module):
                ) -> tuple[Tensor, ...]: # (a1, p, a2, n) or (a, p, n)
         "Mine by cosine similarity."
         check_embeddings(embeddings, self.embedding_size)
+        if hasattr(self, "dimension"): self.dimension = embeddings.shape[1]
         check_labels(labels, len(embeddings))
         refs = embeddings if ref_emb is None else ref_emb.to(embeddings.dtype)
         return self.indices(cosine(embeddings, refs), *match_masks(labels, ref_labels))
@@ -223,26 +224,31 @@ def draw_columns(weight_BN: Tensor, # (B, N) weights, not negative
     height_BP = 1 - torch.rand(len(weight_BN), draws, device=weight_BN.device)
     return torch.searchsorted(total_BN, height_BP.to(weight_BN.dtype) * total_BN[:, -1:]).clamp_max(weight_BN.shape[1] - 1)
 
-# %% ../../nbs/31_losses.mining.ipynb #a8a05edc
+# %% ../../nbs/31_losses.mining.ipynb #1471177e
 class DistanceWeightedMiner(TripletMiner):
     "For each positive pair a negative drawn evenly over distances (Wu et al., ICCV 2017)."
+    dimension: int | None = None # D of the latest call, noted by the miner's own call and by that of a loss
     def __init__(self,
-                 embedding_size: int, # D; similarities alone do not tell it
+                 embedding_size: int | None = None, # D; None: that of the call, as similarities alone do not tell it
                  near: float = .5, # smaller distances count as this
                  far: float | None = 1.4, # from this distance on a negative is not drawn; None: no limit
                  one_per_anchor: bool = False, # one random positive for each anchor, as in the MS and CBML repositories
                 ):
         super().__init__()
-        check_at_least(embedding_size=(embedding_size, 2), near=(near, 1e-3), far=(2 if far is None else far, near))
+        if embedding_size is not None: check_whole(embedding_size=(embedding_size, 2))
+        check_at_least(near=(near, 1e-3), far=(2 if far is None else far, near))
         self.embedding_size, self.near, self.far, self.one_per_anchor = embedding_size, near, far, one_per_anchor
 
-# %% ../../nbs/31_losses.mining.ipynb #e21390d4
+# %% ../../nbs/31_losses.mining.ipynb #d9f78f17
 @patch
 def triplets(self: DistanceWeightedMiner, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "One triplet for each ordered positive pair, or for each anchor."
+    size = self.embedding_size or self.dimension
+    if size is None:
+        raise ValueError("distance-weighted sampling needs the size of the embeddings: call the loss or the miner itself, or pass embedding_size.")
     index_BP, used_BP = positive_slots(pos_BN)
     if self.one_per_anchor: index_BP, used_BP = draw_columns(pos_BN.to(sim_BN.dtype), 1), used_BP[:, :1]
-    drawn_BP = draw_columns(distance_weights(sim_BN, neg_BN, self.embedding_size, self.near, self.far), index_BP.shape[1])
+    drawn_BP = draw_columns(distance_weights(sim_BN, neg_BN, size, self.near, self.far), index_BP.shape[1])
     a, slot = (used_BP & neg_BN.any(1, keepdim=True)).nonzero(as_tuple=True)
     return a, index_BP[a, slot], drawn_BP[a, slot]
 

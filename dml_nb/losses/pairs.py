@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CONTRASTIVE', 'BINOMIAL_SLOPE', 'from_gradient', 'equal_shares', 'distance', 'cosine_contrastive',
            'pairs_contrastive', 'online_contrastive', 'pml_contrastive', 'horde_contrastive', 'ContrastiveLoss',
-           'SlackPairLoss', 'complete_anchors', 'binomial_deviance', 'BinomialDevianceLoss', 'HardMiningLoss']
+           'check_own_mining', 'SlackPairLoss', 'complete_anchors', 'binomial_deviance', 'BinomialDevianceLoss',
+           'HardMiningLoss']
 
-# %% ../../nbs/32_losses.pairs.ipynb #93bbaa5d
+# %% ../../nbs/32_losses.pairs.ipynb #115efbca
 from inspect import signature
 from typing import Callable
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from .core import check_at_least, register
+from .core import check_at_least, check_default, register
 from .mining import slack_mining
 from .pairwise import PairLoss
 from ..similarity import first_order_only, unknown
@@ -124,7 +125,7 @@ def horde_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
 CONTRASTIVE: dict[str, Callable] = dict(cosine=cosine_contrastive, cbml_pairs=pairs_contrastive, cbml_online=online_contrastive,
                                         pml=pml_contrastive, horde=horde_contrastive)
 
-# %% ../../nbs/32_losses.pairs.ipynb #6b6fd842
+# %% ../../nbs/32_losses.pairs.ipynb #37d09b3b
 @register("contrastive", official_code=dict(self_eps=1e-5), proxy_anchor_repo=dict(variant="pml", margin=.5))
 class ContrastiveLoss(PairLoss):
     "Contrastive loss (Chopra et al. 2005, Hadsell et al. 2006) in five published forms."
@@ -142,14 +143,26 @@ class ContrastiveLoss(PairLoss):
         given = dict(margin=margin, pos_margin=pos_margin, negatives=negatives)
         self.variant, self.options = variant, {key: value for key, value in given.items() if value is not None}
         for key, value in self.options.items():
-            if key not in signature(CONTRASTIVE[variant]).parameters: raise ValueError(f"the variant {variant!r} has no {key}: leave it out or choose another variant.")
+            if key not in signature(CONTRASTIVE[variant]).parameters:
+                raise ValueError(f"the variant {variant!r} has no {key}: leave it out or choose another variant.")
             if key != "negatives": check_at_least(**{key: (value, -1)})
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
         "The variant's formula."
         return from_gradient(sim_BN, *CONTRASTIVE[self.variant](sim_BN, pos_BN, neg_BN, **self.options))
 
-# %% ../../nbs/32_losses.pairs.ipynb #bc41b1a7
+# %% ../../nbs/32_losses.pairs.ipynb #2673dcd9
+def check_own_mining(mining: bool, # whether the loss does any of its own
+                     miner, # what takes its place, or None
+                     **slack: float, # name=value; the default is .1
+                    ):
+    "Raise `ValueError` for a slack that has no effect."
+    unused = {name: (value, .1) for name, value in slack.items()}
+    if not mining: check_default("without hard_mining", **unused)
+    if miner is not None: check_default("with a miner, which takes the place of the loss's own mining", **unused)
+    check_at_least(**{name: (value, 0) for name, value in slack.items()})
+
+# %% ../../nbs/32_losses.pairs.ipynb #727d8e90
 class SlackPairLoss(PairLoss):
     "Base of pair losses with slack mining of their own."
     def __init__(self,
@@ -164,7 +177,7 @@ class SlackPairLoss(PairLoss):
     def mined(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor:
         "Slack mining, unless someone else has chosen the pairs."
         if self.slack is not None and self.miner is None and indices is None:
-            pos_BN, neg_BN = slack_mining(sim_BN.detach(), pos_BN, neg_BN, self.slack)
+            pos_BN, neg_BN = slack_mining(sim_BN.detach(), self.without_copies(sim_BN, pos_BN), neg_BN, self.slack)
         return super().mined(sim_BN, pos_BN, neg_BN, indices)
 
 # %% ../../nbs/32_losses.pairs.ipynb #928bb58f
@@ -193,7 +206,7 @@ def binomial_deviance(sim_BN: Tensor, # (B, N) similarities
     u_BN = torch.where(pos_BN, -beta*excess_BN, alpha*excess_BN)
     return (softplus(u_BN, threshold=50)*(pull_BN + push_BN)).sum(), u_BN.sigmoid()*(alpha*push_BN - beta*pull_BN)
 
-# %% ../../nbs/32_losses.pairs.ipynb #d0ab82a6
+# %% ../../nbs/32_losses.pairs.ipynb #f1b6f5a8
 BINOMIAL_SLOPE = dict(deep_metric=40., horde=50.)
 
 @register("binomial_deviance", official_code=dict(self_eps=1e-5), horde=dict(variant="horde"))
@@ -209,7 +222,7 @@ class BinomialDevianceLoss(SlackPairLoss):
                  miner: nn.Module | None = None, # takes the place of the hard mining
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
-        if slack != .1 and not hard_mining: raise ValueError(f"slack={slack} has no effect without hard_mining: pass hard_mining=True, or leave slack out.")
+        check_own_mining(hard_mining, miner, slack=slack)
         super().__init__(slack if hard_mining else None, miner, self_eps)
         if variant not in BINOMIAL_SLOPE: raise unknown("variant", variant, BINOMIAL_SLOPE)
         self.variant, self.alpha, self.beta, self.margin = variant, BINOMIAL_SLOPE[variant] if alpha is None else alpha, beta, margin
@@ -223,7 +236,7 @@ class BinomialDevianceLoss(SlackPairLoss):
         scale = 1 if self.variant == "horde" else 1/len(sim_BN)
         return from_gradient(sim_BN, total*scale, grad_BN*scale)
 
-# %% ../../nbs/32_losses.pairs.ipynb #35cd5291
+# %% ../../nbs/32_losses.pairs.ipynb #1fcfe9ed
 @register("hard_mining", official_code=dict(self_eps=1e-5))
 class HardMiningLoss(SlackPairLoss):
     "HardMining of the Deep_Metric repository: plain means over mined pairs."
@@ -231,7 +244,9 @@ class HardMiningLoss(SlackPairLoss):
                  slack: float | None = .1, # ε; None: all pairs
                  miner: nn.Module | None = None, # takes the place of the slack mining
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ): super().__init__(slack, miner, self_eps)
+                ):
+        if slack is not None: check_own_mining(True, miner, slack=slack)
+        super().__init__(slack, miner, self_eps)
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
         "Mean of 1 - s over positives plus mean of s over negatives, mean over anchors."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LARGEST', 'class_logsumexp', 'proxy_anchor', 'multi_proxy_similarity', 'init_proxies', 'ProxyAnchorLoss']
 
-# %% ../../nbs/36_losses.proxy.ipynb #76b5eb7e
+# %% ../../nbs/36_losses.proxy.ipynb #c4cf0122
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .classification import own_similarity
-from .core import DMLLoss, check_at_least, check_whole, register
+from .core import DMLLoss, check_at_least, check_default, check_whole, register
 from ..similarity import cosine, unit
 
 # %% ../../nbs/36_losses.proxy.ipynb #938d6c75
@@ -65,7 +65,7 @@ def init_proxies(num_classes: int, # C
     table = torch.empty(num_classes*proxies_per_class, embedding_size)
     return nn.Parameter(nn.init.kaiming_normal_(table, mode="fan_out").view(num_classes, proxies_per_class, embedding_size))
 
-# %% ../../nbs/36_losses.proxy.ipynb #986133b4
+# %% ../../nbs/36_losses.proxy.ipynb #45df7e12
 @register("proxy_anchor")
 class ProxyAnchorLoss(DMLLoss):
     "Proxy Anchor (Kim et al., CVPR 2020), optionally with several proxies a class."
@@ -78,7 +78,8 @@ class ProxyAnchorLoss(DMLLoss):
                  proxy_temp: float = 1., # γ of the softmax over the K proxies
                 ):
         super().__init__()
-        check_at_least(alpha=(alpha, 0), proxy_temp=(proxy_temp, 1e-4))
+        check_at_least(alpha=(alpha, 1e-4), proxy_temp=(proxy_temp, 1e-4))
+        if proxies_per_class == 1: check_default("with one proxy a class", proxy_temp=(proxy_temp, 1))
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.alpha, self.delta, self.proxy_temp = alpha, delta, proxy_temp
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)

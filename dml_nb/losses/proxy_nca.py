@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['proxy_nca', 'ProxyNCALoss', 'ProxyNCAPlusPlusLoss', 'softtriple', 'proxy_spread', 'SoftTripleLoss']
 
-# %% ../../nbs/36a_losses.proxy_nca.ipynb #a3072f6e
+# %% ../../nbs/36a_losses.proxy_nca.ipynb #d31c467c
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .classification import ProxyLoss, margin_softmax, own_similarity
-from .core import DMLLoss, check_at_least, register
+from .core import DMLLoss, check_at_least, check_default, check_whole, register
 from .proxy import multi_proxy_similarity
 from ..similarity import euclidean, unit
 
@@ -31,7 +31,7 @@ def proxy_nca(sim_BC: Tensor, # (B, C) similarity of each sample and each class
     others_BC = (scale*sim_BC).scatter_(1, labels[:, None], torch.finfo(sim_BC.dtype).min/4)
     return (others_BC.logsumexp(1) - scale*target_B).mean()
 
-# %% ../../nbs/36a_losses.proxy_nca.ipynb #4ad64c81
+# %% ../../nbs/36a_losses.proxy_nca.ipynb #0bcec0a1
 @register("proxy_nca", paper=dict(include_positive=False, smoothing=0.), sop=dict(scale_x=1., scale_p=8.),
           proxy_anchor_repo=dict(scale_x=32**.5, scale_p=32**.5, smoothing=0.))
 class ProxyNCALoss(ProxyLoss):
@@ -45,7 +45,7 @@ class ProxyNCALoss(ProxyLoss):
                  smoothing: float = .1, # ε, taken from the own class and given to the others in equal parts
                 ):
         super().__init__(num_classes, embedding_size)
-        check_at_least(scale_x=(scale_x, 0), scale_p=(scale_p, 0), smoothing=(smoothing, 0))
+        check_at_least(scale_x=(scale_x, 1e-4), scale_p=(scale_p, 1e-4), smoothing=(smoothing, 0))
         if smoothing > .5: raise ValueError(f"smoothing must be at most 0.5, got {smoothing}: the own class keeps 1 - smoothing.")
         nn.init.normal_(self.proxies, std=1/8)
         self.scale, self.include_positive, self.smoothing = 2*scale_x*scale_p, include_positive, smoothing
@@ -90,7 +90,7 @@ def proxy_spread(proxies: Tensor, # (C, K, D), K at least 2
     distance_CKK = euclidean(w_CKD @ w_CKD.transpose(1, 2), eps=1e-5)
     return distance_CKK.triu(1).sum() / (C*K*(K - 1))
 
-# %% ../../nbs/36a_losses.proxy_nca.ipynb #799b9f93
+# %% ../../nbs/36a_losses.proxy_nca.ipynb #9dcc0d0d
 @register("softtriple", sop=dict(proxies_per_class=2))
 class SoftTripleLoss(DMLLoss):
     "SoftTriple (Qian et al., ICCV 2019)."
@@ -104,8 +104,9 @@ class SoftTripleLoss(DMLLoss):
                  proxies_per_class: int = 10, # K
                 ):
         super().__init__()
-        check_at_least(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), proxies_per_class=(proxies_per_class, 1),
-                       scale=(scale, 0), proxy_temp=(proxy_temp, 1e-4), tau=(tau, 0), margin=(margin, 0))
+        check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), proxies_per_class=(proxies_per_class, 1))
+        check_at_least(scale=(scale, 1e-4), proxy_temp=(proxy_temp, 1e-4), tau=(tau, 0), margin=(margin, 0))
+        if proxies_per_class == 1: check_default("with one proxy a class", proxy_temp=(proxy_temp, .1), tau=(tau, .2 if tau else 0)) # tau=0 says what happens
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.proxy_temp, self.tau, self.margin = scale, proxy_temp, tau, margin
         bound = (num_classes*proxies_per_class)**-.5
