@@ -331,7 +331,7 @@ def test_self_eps_is_checked(name, bad):
 
 
 @pytest.mark.parametrize("name, key, params", [
-    ("lifted_structure_cos", "slack", dict(slack=0.5)), ("lifted_structure_cos", "slack", dict(slack=0.5, hard_mining=True, miner="multi_similarity")),
+    ("lifted_structure_cos", "slack", dict(slack=0.5)),
     ("lifted_structure_cos", "hard_mining", dict(hard_mining=True, miner="multi_similarity")), ("binomial_deviance", "slack", dict(slack=0.5)),
     ("binomial_deviance", "slack", dict(slack=0.5, hard_mining=True, miner="hard")), ("hard_mining", "slack", dict(slack=0.5, miner="hard")),
     ("multi_similarity", "mining_eps", dict(mining_eps=0.5, miner="hard")), ("triplet", "rule", dict(rule="all", miner="hard")),

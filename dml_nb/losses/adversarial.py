@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['reverse_gradient', 'agreement', 'AdversarialLoss']
 
-# %% ../../nbs/38_losses.adversarial.ipynb #92be5607
+# %% ../../nbs/38_losses.adversarial.ipynb #6bc4d7d9
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
-from .core import DMLLoss, check_at_least, register
+from .core import DMLLoss, check_whole, register
 from ..similarity import unit
 
 # %% ../../nbs/38_losses.adversarial.ipynb #35b01835
@@ -36,7 +36,7 @@ def agreement(chunk_Bd: Tensor, # (B, d) a chunk of the embedding
     "Mean squared product by coordinate of the unit vectors: how well the large coordinates were guessed."
     return (unit(chunk_Bd) * unit(predicted_Bd)).square().mean(1).mean()
 
-# %% ../../nbs/38_losses.adversarial.ipynb #3aa7fd00
+# %% ../../nbs/38_losses.adversarial.ipynb #3b0709de
 @register("adversarial", mic=dict(hidden=512))
 class AdversarialLoss(DMLLoss):
     "Adversarial decorrelation of the chunks of an embedding; to be added to another loss."
@@ -47,7 +47,7 @@ class AdversarialLoss(DMLLoss):
                  hidden: int | None = None, # h, with a ReLU; None: D/chunks without a non-linearity, as CBML
                 ):
         super().__init__()
-        check_at_least(chunks=(chunks, 2), embedding_size=(embedding_size, 2), **({} if hidden is None else dict(hidden=(hidden, 1))))
+        check_whole(chunks=(chunks, 2), embedding_size=(embedding_size, 2), **({} if hidden is None else dict(hidden=(hidden, 1))))
         if embedding_size % chunks: raise ValueError(f"embedding_size {embedding_size} cannot be split into {chunks} equal chunks: choose a divisor of it.")
         self.embedding_size, self.chunks, d = embedding_size, chunks, embedding_size // chunks
         between = [] if hidden is None else [nn.ReLU()]

@@ -215,7 +215,7 @@ def init_from_class_means(self: CalibrateProxyLoss,
 # %% ../../nbs/37_losses.calibrate.ipynb #70f7e7dd
 from functools import partial
 
-# %% ../../nbs/37_losses.calibrate.ipynb #2f3b1b22
+# %% ../../nbs/37_losses.calibrate.ipynb #a30e4ddf
 @register("cp_proxy_anchor", literal=dict(proxy_temp=1.), sharp=dict(proxy_temp=.1))
 @delegates(CalibrateProxyLoss, but=["host", "regulariser"])
 def cp_proxy_anchor(num_classes: int, # C
@@ -225,5 +225,5 @@ def cp_proxy_anchor(num_classes: int, # C
                     **kwargs, # the options of `CalibrateProxyLoss`
                    ) -> CalibrateProxyLoss:
     "CP around Proxy Anchor (CP Eq. 7)."
-    check_at_least(alpha=(alpha, 0))
+    check_at_least(alpha=(alpha, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(proxy_anchor, alpha=alpha, delta=delta), **kwargs)

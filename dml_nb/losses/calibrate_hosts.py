@@ -24,7 +24,7 @@ from ..similarity import unknown
 READINGS = dict(literal=dict(proxy_temp=1.), sharp=dict(proxy_temp=.1)) # of Eq. 5
 HIDDEN = ["host", "regulariser"] # parameters that a host sets itself
 
-# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #87e70ef4
+# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #862426c9
 @register("cp_proxy_nca", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
 def cp_proxy_nca(num_classes: int, # C
@@ -34,10 +34,10 @@ def cp_proxy_nca(num_classes: int, # C
                  **kwargs, # the options of `CalibrateProxyLoss`
                 ) -> CalibrateProxyLoss:
     "CP around Proxy-NCA (CP Eq. 8)."
-    check_at_least(nca_scale=(nca_scale, 0))
+    check_at_least(nca_scale=(nca_scale, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(proxy_nca, scale=nca_scale, include_positive=include_positive), **kwargs)
 
-# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #0dee3e4d
+# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #169e952c
 def weighted_spread(proxies: Tensor, # (C, K, D)
                     tau: float, # τ
                    ) -> Tensor | float: # scalar; 0 with one proxy a class
@@ -55,7 +55,7 @@ def cp_softtriple(num_classes: int, # C
                   **kwargs, # the options of `CalibrateProxyLoss`
                  ) -> CalibrateProxyLoss:
     "CP around SoftTriple (CP Eq. 9)."
-    check_at_least(scale=(scale, 0), margin=(margin, 0), tau=(tau, 0))
+    check_at_least(scale=(scale, 1e-4), margin=(margin, 0), tau=(tau, 0))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(softtriple, scale=scale, margin=margin), proxy_temp=proxy_temp,
                               regulariser=partial(weighted_spread, tau=tau), **kwargs)
 
@@ -71,7 +71,7 @@ def cp_norm_softmax(num_classes: int, # C
     check_at_least(temperature=(temperature, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(norm_softmax, temperature=temperature), **kwargs)
 
-# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #694a9b09
+# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #a1d4ac22
 @register("cp_cosface", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
 def cp_cosface(num_classes: int, # C
@@ -81,10 +81,10 @@ def cp_cosface(num_classes: int, # C
                **kwargs, # the options of `CalibrateProxyLoss`
               ) -> CalibrateProxyLoss:
     "CP around CosFace."
-    check_at_least(margin=(margin, 0), scale=(scale, 0))
+    check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(cosface, margin=margin, scale=scale), **kwargs)
 
-# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #66851f63
+# %% ../../nbs/37a_losses.calibrate_hosts.ipynb #561677ba
 @register("cp_arcface", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
 def cp_arcface(num_classes: int, # C
@@ -96,7 +96,7 @@ def cp_arcface(num_classes: int, # C
                **kwargs, # the options of `CalibrateProxyLoss`
               ) -> CalibrateProxyLoss:
     "CP around ArcFace, with the average of both similarities."
-    check_at_least(margin=(margin, 0), scale=(scale, 0))
+    check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
     if combine == "sum": raise ValueError("cp_arcface needs combine='average': the sum of two cosines has no angle.")
     return CalibrateProxyLoss(num_classes, embedding_size, partial(arcface, margin=margin, scale=scale), combine=combine, empty_queue=empty_queue, **kwargs)
 

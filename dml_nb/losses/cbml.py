@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'NEGATIVES', 'log_odds', 'posterior_cost', 'cbml_mining', 'metric_variance', 'CBMLLoss']
 
-# %% ../../nbs/32b_losses.cbml.ipynb #0d8992b6
+# %% ../../nbs/32b_losses.cbml.ipynb #835a4cb6
 from math import inf
 
 import torch
 from torch import Tensor, nn
 
-from .core import check_at_least, register
+from .core import check_at_least, check_default, register
 from .mining import slack_mining
 from .pairwise import PairLoss
 from ..similarity import log1p_sum_exp, unknown
@@ -69,7 +69,7 @@ def metric_variance(sim_BN: Tensor, # (B, N) similarities
     mu_B1 = h*mean(pos_BN) + (1 - h)*mean(neg_BN)
     return (sim_BN - mu_B1).masked_fill(~neg_BN, 0).square().sum(1)
 
-# %% ../../nbs/32b_losses.cbml.ipynb #64e2220e
+# %% ../../nbs/32b_losses.cbml.ipynb #f63f31db
 @register("cbml", official_code=dict(h=.1, self_eps=1e-5))
 class CBMLLoss(PairLoss):
     "Contrastive Bayesian loss with the metric variance constraint (Kan et al., TPAMI 2022)."
@@ -94,20 +94,24 @@ class CBMLLoss(PairLoss):
         check_at_least(beta_p=(beta_p, 1e-6), beta_n=(beta_n, 1e-6), gamma=(gamma, 0), h=(h, 0), omega_p=(omega_p, 0), omega_n=(omega_n, 0),
                        alpha_p=(alpha_p, -inf), alpha_n=(alpha_n, -inf), margin=(margin, -inf))
         if h > 1: raise ValueError(f"h must be at most 1, it is a share, got {h}.")
-        if kind != "const" and (omega_p, omega_n) != (.25, .25): raise ValueError(f"omega_p and omega_n have no effect with kind={kind!r}: leave them out, or use kind='const'.")
-        largest = max((1 + alpha_p)/beta_p, (1 - alpha_n)/beta_n)
-        if largest > KINDS[kind]: raise ValueError(f"kind={kind!r} needs exponents up to {KINDS[kind]:g}, these constants reach {largest:.4g}: raise beta_p or beta_n, or use kind='log'.")
+        if kind != "const": check_default(f"with kind={kind!r}, only with 'const'", omega_p=(omega_p, .25), omega_n=(omega_n, .25))
+        if not gamma and h != .1: check_default("with gamma=0", h=(h, .2)) # .1 and .2 are both published
+        if miner is not None:
+            check_default("with a miner, which takes the place of CBML's own mining", margin=(margin, .1), negatives=(negatives, "adaptive"))
+        largest, limit = max((1 + alpha_p)/beta_p, (1 - alpha_n)/beta_n), KINDS[kind]
+        if largest > limit:
+            raise ValueError(f"kind={kind!r} needs exponents up to {limit:g}, these reach {largest:.4g}: raise beta_p or beta_n, or use kind='log'.")
         self.kind, self.margin, self.gamma, self.h, self.negatives = kind, margin, gamma, h, negatives
         self.doubt, self.omega_p, self.omega_n = (alpha_p, beta_p, alpha_n, beta_n), omega_p, omega_n
 
 # %% ../../nbs/32b_losses.cbml.ipynb #310208fb
 from fastcore.basics import patch
 
-# %% ../../nbs/32b_losses.cbml.ipynb #3338d6b3
+# %% ../../nbs/32b_losses.cbml.ipynb #90f486b8
 @patch
 def mined(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor: # scalar
     "Slack mining, unless someone else chooses the pairs."
-    if self.self_eps is not None: pos_BN = pos_BN & (sim_BN < 1 - self.self_eps)
+    pos_BN = self.without_copies(sim_BN, pos_BN)
     self.every = pos_BN, neg_BN
     if self.miner is None and indices is None: pos_BN, neg_BN = cbml_mining(sim_BN, pos_BN, neg_BN, self.margin, self.negatives)
     return PairLoss.mined(self, sim_BN, pos_BN, neg_BN, indices)

@@ -6,7 +6,7 @@
 __all__ = ['NMI', 'REDUCTIONS', 'cluster', 'nearest_other', 'ClusterLoss', 'nmi', 'movers', 'additions', 'most_central', 'greedy',
            'swap', 'worst_clustering', 'FacilityLocationLoss', 'CenterLoss']
 
-# %% ../../nbs/34a_losses.clusters.ipynb #5ca4caaa
+# %% ../../nbs/34a_losses.clusters.ipynb #0f74cf3b
 from math import log
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, relu
 
-from .core import DMLLoss, check_at_least, register
+from .core import DMLLoss, check_at_least, check_whole, register
 from ..similarity import unit, unknown
 
 # %% ../../nbs/34a_losses.clusters.ipynb #37b3a84d
@@ -164,7 +164,7 @@ def worst_clustering(dist_BB: Tensor, # (B, B) distances
     everyone = torch.full_like(dist_BB[:, :1], torch.inf) # a candidate that nobody joins
     return chosen[joined], additions(everyone, torch.zeros_like(dist_BB[0]), joined, labels, mean)[1][0]
 
-# %% ../../nbs/34a_losses.clusters.ipynb #3405f25f
+# %% ../../nbs/34a_losses.clusters.ipynb #c60ad96e
 @register("facility_location")
 class FacilityLocationLoss(DMLLoss):
     "Clustering loss with a structured margin (Oh Song et al., CVPR 2017)."
@@ -177,7 +177,8 @@ class FacilityLocationLoss(DMLLoss):
                  sweeps: int = 5, # largest number of PAM sweeps; 0: greedy only
                 ):
         super().__init__()
-        check_at_least(gamma=(gamma, 0), gamma_decay=(gamma_decay, 0), sweeps=(sweeps, 0))
+        check_at_least(gamma=(gamma, 0), gamma_decay=(gamma_decay, 0))
+        check_whole(sweeps=(sweeps, 0))
         if nmi not in NMI: raise unknown("nmi", nmi, NMI)
         self.gamma, self.gamma_decay, self.squared, self.nmi, self.sweeps = gamma, gamma_decay, squared, nmi, sweeps
         self.normalised = normalize
@@ -197,7 +198,7 @@ def compute(self: FacilityLocationLoss, embeddings: Tensor, labels: Tensor) -> T
     to_own, to_joined = (vector_norm(x_BD - x_BD.index_select(0, medoid), dim=1)**(1 + self.squared) for medoid in (own, joined))
     return relu((to_own - to_joined).sum() + gamma*error.to(x_BD.dtype))
 
-# %% ../../nbs/34a_losses.clusters.ipynb #3130bed0
+# %% ../../nbs/34a_losses.clusters.ipynb #c30b1e3b
 REDUCTIONS = ("mean", "half_sum")
 
 @register("center", paper=dict(reduction="half_sum"))
@@ -210,7 +211,7 @@ class CenterLoss(DMLLoss):
                  reduction: str = "mean", # of the squared distances: "mean", or "half_sum" as in the paper
                 ):
         super().__init__()
-        check_at_least(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
+        check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
         if reduction not in REDUCTIONS: raise unknown("reduction", reduction, REDUCTIONS)
         self.num_classes, self.embedding_size, self.reduction = num_classes, embedding_size, reduction
         self.centers = nn.Parameter(torch.randn(num_classes, embedding_size))

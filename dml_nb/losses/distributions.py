@@ -44,7 +44,7 @@ def neighbourhood(sim_BN: Tensor, # (B, N) similarities
     best_B1 = sim_BN.masked_fill(~pos_BN, -torch.inf).amax(1, keepdim=True)
     return pos_BN & (sim_BN >= torch.minimum(least_B1, best_B1)), neg_BN & (sim_BN >= least_B1)
 
-# %% ../../nbs/34_losses.distributions.ipynb #6cfdc99c
+# %% ../../nbs/34_losses.distributions.ipynb #48c0be85
 @register("nca", deep_metric=dict(scale=8., k=32))
 class NCALoss(PairLoss):
     "NCA (Goldberger et al., NIPS 2004) on unit vectors, of all references or of the k nearest."
@@ -54,7 +54,7 @@ class NCALoss(PairLoss):
                  miner=None, self_eps: float | None = None, # see `PairLoss`
                 ):
         super().__init__(miner, self_eps)
-        check_at_least(scale=(scale, 0))
+        check_at_least(scale=(scale, 1e-4))
         if k is not None: check_whole(k=(k, 1))
         self.scale, self.k = scale, k
 
@@ -124,7 +124,7 @@ def weighted_violation(violation_BN: Tensor, # (B, N) violations, 0 where none
     if not fixed: share_BN *= (violation_BN - mean_B1).mul_(temp).add_(1)
     return mean_B1[:, 0], share_BN
 
-# %% ../../nbs/34_losses.distributions.ipynb #cb299d15
+# %% ../../nbs/34_losses.distributions.ipynb #0c8af84f
 VARIANTS = ("paper", "pml", "cbml")
 
 @register("ranked_list", pml=dict(variant="pml"), cbml_repo=dict(variant="cbml"))
@@ -144,7 +144,8 @@ class RankedListLoss(PairLoss):
         check_at_least(margin=(margin, 0), alpha=(self.alpha, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0))
         if balance > 1: raise ValueError(f"balance must be at most 1, got {balance}: it is the share of the negatives.")
         if variant not in VARIANTS: raise unknown("variant", variant, VARIANTS)
-        if variant == "cbml" and (t_pos or balance != .5): raise ValueError("variant='cbml' weighs all positives alike and takes both parts in full: leave t_pos and balance out.")
+        if variant == "cbml" and (t_pos or balance != .5):
+            raise ValueError("variant='cbml' weighs all positives alike and takes both parts in full: leave t_pos and balance out.")
         self.margin, self.t_neg, self.t_pos, self.balance, self.variant = margin, t_neg, t_pos, balance, variant
         self.exact_gradient = variant != "paper" # there the weights count as constants
 

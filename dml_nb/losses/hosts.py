@@ -22,7 +22,7 @@ from ..similarity import unknown
 # %% ../../nbs/38a_losses.hosts.ipynb #f787ad34
 HOSTS = dict(norm_softmax=norm_softmax, proxy_nca=proxy_nca, proxy_anchor=proxy_anchor, softtriple=softtriple, cosface=cosface, arcface=arcface)
 
-# %% ../../nbs/38a_losses.hosts.ipynb #d898bfc3
+# %% ../../nbs/38a_losses.hosts.ipynb #9e8aaa30
 def host_loss(name: str, # one of `HOSTS`
               params: dict | None = None, # of the host function, such as {"alpha": 16}
              ) -> Callable[[Tensor, Tensor], Tensor]: # (sim_BC, labels) -> scalar
@@ -31,7 +31,7 @@ def host_loss(name: str, # one of `HOSTS`
     params, takes = params or {}, list(signature(HOSTS[name]).parameters)[2:]
     for key in params:
         if key not in takes: raise unknown(f"parameter of the host {name!r}", key, takes)
-    check_at_least(**{k: (v, 1e-4 if k == "temperature" else 0) for k, v in params.items() if not isinstance(v, bool)})
+    check_at_least(**{k: (v, 1e-4 if k in ("temperature", "scale", "alpha") else 0) for k, v in params.items() if not isinstance(v, bool)})
     return partial(HOSTS[name], **params)
 
 # %% ../../nbs/38a_losses.hosts.ipynb #9bf25af2

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NEGATIVES', 'raw_distances', 'lifted_structure', 'LiftedStructureLoss', 'LiftedStructureCosLoss', 'EasyPositiveLoss']
 
-# %% ../../nbs/33b_losses.lifted.ipynb #a9458918
+# %% ../../nbs/33b_losses.lifted.ipynb #0ddf4be2
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from .core import check_at_least, register
-from .mining import slack_mining
+from .core import check_at_least, check_default, register
+from .pairs import SlackPairLoss, check_own_mining
 from .pairwise import PairLoss
 from ..similarity import masked_logsumexp, unit, unknown
 
@@ -37,7 +37,7 @@ def lifted_structure(dist_BB: Tensor, # (B, B) distances within a batch
     J_BB = torch.logaddexp(lse_B[:, None], lse_B) + dist_BB
     return J_BB.relu().square().masked_fill(~pos_BB, 0).sum() / (2*pos_BB.sum()).clamp_min(1)
 
-# %% ../../nbs/33b_losses.lifted.ipynb #76e88f22
+# %% ../../nbs/33b_losses.lifted.ipynb #bc1eb5d6
 @register("lifted_structure")
 class LiftedStructureLoss(PairLoss):
     "Lifted structure on raw Euclidean distances (Oh Song et al., CVPR 2016)."
@@ -58,7 +58,8 @@ class LiftedStructureLoss(PairLoss):
 
     def compute(self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor: # scalar
         "As every pair loss, but within the batch only."
-        if ref_emb is not None: raise ValueError("lifted_structure takes no references, because it needs the negatives of every positive: use lifted_structure_cos.")
+        if ref_emb is not None:
+            raise ValueError("lifted_structure takes no references, because it needs the negatives of every positive: use lifted_structure_cos.")
         return super().compute(embeddings, labels, indices_tuple)
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
@@ -66,9 +67,9 @@ class LiftedStructureLoss(PairLoss):
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         return lifted_structure(1 - sim_BN, pos_BN, neg_BN, self.alpha)
 
-# %% ../../nbs/33b_losses.lifted.ipynb #1f30b371
+# %% ../../nbs/33b_losses.lifted.ipynb #c133f045
 @register("lifted_structure_cos", official_code=dict(self_eps=1e-5))
-class LiftedStructureCosLoss(PairLoss):
+class LiftedStructureCosLoss(SlackPairLoss):
     "Deep_Metric's lifted structure: a log-sum-exp of cosines on each side of an anchor."
     def __init__(self,
                  alpha: float = 40., # sharpness for negatives
@@ -78,13 +79,14 @@ class LiftedStructureCosLoss(PairLoss):
                  miner: nn.Module | None = None, # from `dml_nb.losses.mining`
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
-        super().__init__(miner, self_eps)
-        check_at_least(alpha=(alpha, 1e-6), beta=(beta, 1e-6), slack=(slack, -torch.inf))
-        self.alpha, self.beta, self.hard_mining, self.slack = alpha, beta, hard_mining, slack
+        if miner is not None: check_default("with a miner, which takes its place", hard_mining=(hard_mining, False))
+        check_own_mining(hard_mining, miner, slack=slack)
+        super().__init__(slack if hard_mining else None, miner, self_eps)
+        check_at_least(alpha=(alpha, 1e-6), beta=(beta, 1e-6))
+        self.alpha, self.beta = alpha, beta
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
         "Two log-sum-exps an anchor, mean over all anchors."
-        if self.hard_mining: pos_BN, neg_BN = slack_mining(sim_BN.detach(), pos_BN, neg_BN, self.slack)
         used_B = pos_BN.any(1) & neg_BN.any(1)
         self.active = used_B.sum()
         cost_B = 2/self.beta*masked_logsumexp(-self.beta*sim_BN, pos_BN) + 2/self.alpha*masked_logsumexp(self.alpha*sim_BN, neg_BN)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['random_walk', 'edges', 'hard_proxies', 'manifold_proxy', 'ManifoldProxyLoss']
 
-# %% ../../nbs/36b_losses.manifold.ipynb #d2abf643
+# %% ../../nbs/36b_losses.manifold.ipynb #4d58f08b
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import DMLLoss, check_at_least, register
+from .core import DMLLoss, check_at_least, check_whole, register
 from ..similarity import cosine, log1p_sum_exp, unit
 
 # %% ../../nbs/36b_losses.manifold.ipynb #3533c97f
@@ -51,7 +51,7 @@ def manifold_proxy(embeddings: Tensor, # (B, D)
     intrinsic = hard_proxies(walk_BN[:, len(embeddings):], meta_B, margin)
     return intrinsic + context * hard_proxies(unit(walk_BN) @ unit(walk_KN).T, meta_B, margin)
 
-# %% ../../nbs/36b_losses.manifold.ipynb #55e9d0f7
+# %% ../../nbs/36b_losses.manifold.ipynb #f94a8800
 @register("manifold_proxy")
 class ManifoldProxyLoss(DMLLoss):
     "Manifold proxy similarity (Aziere and Todorovic, CVPR 2019)."
@@ -65,10 +65,10 @@ class ManifoldProxyLoss(DMLLoss):
                  reassign_every: int = 0, # epochs after which the meta-classes are drawn anew; 0: never
                 ):
         super().__init__()
-        check_at_least(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), num_proxies=(num_proxies, 2), margin=(margin, 0), context=(context, 0), alpha=(alpha, 0))
+        check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), num_proxies=(num_proxies, 2), reassign_every=(reassign_every, 0))
+        check_at_least(margin=(margin, 0), context=(context, 0), alpha=(alpha, 0))
         if not 0 < alpha < 1: raise ValueError(f"alpha must lie between 0 and 1, both excluded, got {alpha}: the walk must go on and must end.")
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        check_at_least(reassign_every=(reassign_every, 0))
         self.alpha, self.margin, self.context, self.reassign_every = alpha, margin, context, reassign_every
         self.meta_proxies = nn.Parameter(torch.randn(num_proxies, embedding_size))
         self.register_buffer("meta", torch.zeros(num_classes, dtype=torch.long))

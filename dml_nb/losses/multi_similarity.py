@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['soft_shares', 'multi_similarity', 'MultiSimilarityLoss', 'circle', 'CircleLoss']
 
-# %% ../../nbs/32a_losses.multi_similarity.ipynb #938d86f7
+# %% ../../nbs/32a_losses.multi_similarity.ipynb #a45fa420
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .core import check_at_least, register
-from .pairs import SlackPairLoss, equal_shares, from_gradient
+from .pairs import SlackPairLoss, check_own_mining, equal_shares, from_gradient
 from .pairwise import PairLoss
 from ..similarity import log1p_sum_exp, masked_logsumexp, unknown
 
@@ -37,7 +37,7 @@ def multi_similarity(sim_BN: Tensor, # (B, N) similarities
     pull_B, push_B = log1p_sum_exp(pull_BN, pos_BN), log1p_sum_exp(push_BN, neg_BN)
     return pull_B/alpha + push_B/beta, soft_shares(push_BN, push_B, neg_BN) - soft_shares(pull_BN, pull_B, pos_BN)
 
-# %% ../../nbs/32a_losses.multi_similarity.ipynb #5b04c4d1
+# %% ../../nbs/32a_losses.multi_similarity.ipynb #82c3a0e2
 @register("multi_similarity", official_code=dict(beta=40., self_eps=1e-5))
 class MultiSimilarityLoss(SlackPairLoss):
     "Multi-Similarity (Wang et al., CVPR 2019): slack mining, then soft weights."
@@ -49,7 +49,8 @@ class MultiSimilarityLoss(SlackPairLoss):
                  miner: nn.Module | None = None, # takes the place of the slack mining
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
-        check_at_least(alpha=(alpha, 1e-4), beta=(beta, 1e-4), base=(base, -1), mining_eps=(0 if mining_eps is None else mining_eps, 0))
+        check_at_least(alpha=(alpha, 1e-4), beta=(beta, 1e-4), base=(base, -1))
+        if mining_eps is not None: check_own_mining(True, miner, mining_eps=mining_eps)
         super().__init__(mining_eps, miner, self_eps)
         self.alpha, self.beta, self.base = alpha, beta, base
 
@@ -72,7 +73,7 @@ def circle(sim_BN: Tensor, # (B, N) similarities
     pull_B, push_B = masked_logsumexp(pull_BN, pos_BN), masked_logsumexp(push_BN, neg_BN)
     return pull_B + push_B, pace_n*soft_shares(push_BN, push_B, neg_BN) - pace_p*soft_shares(pull_BN, pull_B, pos_BN)
 
-# %% ../../nbs/32a_losses.multi_similarity.ipynb #8c3f11e1
+# %% ../../nbs/32a_losses.multi_similarity.ipynb #c3ec9e8c
 @register("circle", face=dict(m=.25, gamma=256.))
 class CircleLoss(PairLoss):
     "Circle loss (Sun et al., CVPR 2020) per anchor or over the whole batch."
@@ -86,7 +87,7 @@ class CircleLoss(PairLoss):
                  self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
                 ):
         super().__init__(miner, self_eps)
-        check_at_least(m=(m, 0), gamma=(gamma, 0))
+        check_at_least(m=(m, 0), gamma=(gamma, 1e-4))
         if scope not in ("anchor", "batch"): raise unknown("scope", scope, ("anchor", "batch"))
         self.m, self.gamma, self.scope = m, gamma, scope
 

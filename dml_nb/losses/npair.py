@@ -6,7 +6,7 @@
 __all__ = ['PAIRS', 'run_starts', 'draw_pairs', 'class_pairs', 'npair', 'mean_squares', 'take_pairs', 'NPairLoss', 'angular',
            'angular_all', 'AngularLoss']
 
-# %% ../../nbs/33c_losses.npair.ipynb #8efd08c2
+# %% ../../nbs/33c_losses.npair.ipynb #a872fd31
 from math import radians, tan
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
 from .core import DMLLoss, check_at_least, register
-from .pairwise import to_masks
+from .pairwise import check_indices, to_masks
 from .tuplets import pair_mean, tuplet_margin
 from ..similarity import log1p_sum_exp, match_masks, unit, unknown
 
@@ -35,13 +35,14 @@ def draw_pairs(labels: Tensor, # (B,) class ids
     first = (starts[:-1] & ~starts[1:]).nonzero()[:, 0]
     return order[first], order[first + 1]
 
-# %% ../../nbs/33c_losses.npair.ipynb #1af05d9e
+# %% ../../nbs/33c_losses.npair.ipynb #dcf1b2ef
 def class_pairs(labels: Tensor, # (B,) class ids
                 how: str = "random", # "random" or "first": how a class chooses its pair
                 indices: tuple[Tensor, ...] | None = None, # (a, p, ...): choose the first pair of each class from these
                ) -> tuple[Tensor, Tensor]: # (C,) indices of anchors and of positives
     "One pair for each class: drawn, or the first given."
     if indices is None: return draw_pairs(labels, how == "random")
+    check_indices(indices, (len(labels), len(labels)), (2, 3, 4))
     anchors, positives = indices[:2]
     order = labels[anchors].argsort(stable=True)
     keep = order[run_starts(labels[anchors[order]])]
@@ -164,13 +165,15 @@ def compute(self: AngularLoss,
     value = self.weight*angular(*pair, self.tan2) + self.l2*mean_squares(*pair)
     return value + self.npair_weight*npair(*pair) if self.npair_weight else value
 
-# %% ../../nbs/33c_losses.npair.ipynb #932177c2
+# %% ../../nbs/33c_losses.npair.ipynb #454c8373
 @patch
 def compute_all(self: AngularLoss, embeddings: Tensor, labels: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor: # scalar
     "All positive pairs, or those of the index tuple, against all negatives; `embeddings` are unit vectors."
     sim_BB = embeddings @ embeddings.T
     pos_BB, neg_BB = match_masks(labels)
-    if indices is not None: pos_BB = to_masks((*indices[:2], *indices[:2]), sim_BB.shape, sim_BB.device)[0]
+    if indices is not None:
+        check_indices(indices, sim_BB.shape, (2, 3, 4))
+        pos_BB = to_masks((*indices[:2], *indices[:2]), sim_BB.shape, sim_BB.device)[0]
     usable_BB = pos_BB & neg_BB.any(1, keepdim=True)
     self.active = usable_BB.any(1).sum()
     value = self.weight*angular_all(sim_BB, pos_BB, neg_BB, self.tan2) + 2*self.l2*usable_BB.any().to(sim_BB)

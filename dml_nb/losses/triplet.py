@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['count_violations', 'TripletLoss', 'margin_parts', 'MarginLoss']
 
-# %% ../../nbs/33_losses.triplet.ipynb #36e45989
+# %% ../../nbs/33_losses.triplet.ipynb #668674f2
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from .core import check_at_least, register
+from .core import check_at_least, check_default, register
 from .mining import RULES, DistanceWeightedMiner, SemiHardMiner, positive_slots
 from .pairwise import PairLoss
 from ..similarity import euclidean, unknown
@@ -32,7 +32,7 @@ def count_violations(dist_BN: Tensor, # (B, N) distances
     c_BP = places.cumsum(1)[:, :P]
     return (beyond_BN - P).scatter_add_(1, index_BP.gather(1, order_BP), c_BP), c_BP.sum()
 
-# %% ../../nbs/33_losses.triplet.ipynb #7349af9c
+# %% ../../nbs/33_losses.triplet.ipynb #b5bc7f0a
 @register("triplet", tensorflow=dict(margin=1., rule="tf"), cbml_repo=dict(margin=1., rule="all", each_pair_once=True),
           proxy_anchor_repo=dict(margin=.1, rule="semihard", squared=False, reduction="active"))
 class TripletLoss(PairLoss):
@@ -51,6 +51,8 @@ class TripletLoss(PairLoss):
         if rule not in ("all", "semihard", *RULES): raise unknown("rule", rule, ("all", "semihard", *RULES))
         if reduction not in ("mean", "active"): raise unknown("reduction", reduction, ("mean", "active"))
         if fallback and rule != "facenet": raise ValueError(f"fallback has no effect with rule={rule!r}: leave it out, or use rule='facenet'.")
+        if hasattr(self.miner, "triplets"): # named triplets leave nothing to a rule
+            check_default("with a miner that names triplets", rule=(rule, "facenet"), each_pair_once=(each_pair_once, False), fallback=(fallback, False))
         self.margin, self.rule, self.squared, self.reduction, self.each_pair_once = margin, rule, squared, reduction, each_pair_once
         self.picker = SemiHardMiner(margin, rule, squared, fallback) if rule in RULES else None
 
@@ -103,7 +105,7 @@ def margin_parts(dist: Tensor, # distances
     "Both hinges of the margin loss (Wu et al., ICCV 2017)."
     return relu(dist - beta + margin), relu(beta - dist + margin)
 
-# %% ../../nbs/33_losses.triplet.ipynb #191ced17
+# %% ../../nbs/33_losses.triplet.ipynb #1440dec7
 @register("margin", cbml_repo=dict(far=None, one_per_anchor=True))
 class MarginLoss(PairLoss):
     "Positives below, negatives above a threshold, with a gap (Wu et al., ICCV 2017)."
@@ -123,7 +125,10 @@ class MarginLoss(PairLoss):
         super().__init__(miner, self_eps)
         check_at_least(margin=(margin, 0), beta=(beta, 0), nu=(nu, 0))
         if rule not in ("distance_weighted", "all"): raise unknown("rule", rule, ("distance_weighted", "all"))
-        if rule == "all" and (far != 1.4 or one_per_anchor): raise ValueError("far and one_per_anchor have no effect with rule='all', which draws nothing: leave them out.")
+        if rule == "all": check_default("with rule='all', which draws nothing", far=(far, 1.4), one_per_anchor=(one_per_anchor, False))
+        if hasattr(self.miner, "triplets"):
+            why = "with a miner that names triplets"
+            check_default(why, rule=(rule, "distance_weighted"), far=(far, 1.4), one_per_anchor=(one_per_anchor, False))
         if learn_beta not in (None, "shared", "class"): raise unknown("learn_beta", learn_beta, ("shared", "class"))
         if learn_beta == "class" and num_classes is None: raise ValueError("learn_beta='class' needs num_classes: pass num_classes=....")
         if nu and learn_beta is None: raise ValueError(f"nu={nu} has no effect on a constant beta: pass learn_beta='shared' or 'class', or nu=0.")
@@ -131,7 +136,7 @@ class MarginLoss(PairLoss):
         self.num_classes = num_classes if learn_beta == "class" else None
         self.beta = nn.Parameter(torch.full((self.num_classes or 1,), float(beta))) if learn_beta else beta
 
-# %% ../../nbs/33_losses.triplet.ipynb #f8b049d9
+# %% ../../nbs/33_losses.triplet.ipynb #d217da0b
 @patch
 def compute(self: MarginLoss, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor: # scalar
     "As every pair loss; keeps the labels for β and the dimension for the sampling."
@@ -143,7 +148,8 @@ def thresholds(self: MarginLoss, sim_BN: Tensor) -> Tensor: # (B,)
     "β of each anchor."
     beta = self.beta.to(sim_BN.dtype) if isinstance(self.beta, Tensor) else sim_BN.new_tensor([self.beta])
     if not self.num_classes: return beta.expand(len(sim_BN))
-    if self.anchor_labels is None or len(self.anchor_labels) != len(sim_BN): raise ValueError("a beta for each class needs the labels of the anchors: call the loss itself.")
+    if self.anchor_labels is None or len(self.anchor_labels) != len(sim_BN):
+        raise ValueError("a beta for each class needs the labels of the anchors: call the loss itself.")
     return beta[self.anchor_labels]
 
 # %% ../../nbs/33_losses.triplet.ipynb #413a903d

@@ -37,7 +37,7 @@ def tuplet_margin(sim_BN: Tensor, # (B, N) cosines
     hardest_B = masked_logsumexp(scale*sim_BN, neg_BN)
     return pair_mean(softplus(hardest_B[:, None] - scale*eased_BN, threshold=40), pos_BN)
 
-# %% ../../nbs/33a_losses.tuplets.ipynb #b7d228a6
+# %% ../../nbs/33a_losses.tuplets.ipynb #c5ba45a5
 @register("tuplet_margin")
 class TupletMarginLoss(PairLoss):
     "Tuplet margin loss (Yu & Tao, ICCV 2019)."
@@ -47,7 +47,7 @@ class TupletMarginLoss(PairLoss):
                  miner=None, self_eps: float | None = None, # see `PairLoss`
                 ):
         super().__init__(miner, self_eps)
-        check_at_least(margin=(margin, 0), scale=(scale, 0))
+        check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         self.beta, self.scale = radians(margin), scale
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar

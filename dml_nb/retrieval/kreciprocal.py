@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nearest', 'members', 'reciprocal', 'reciprocal_more', 'encode', 'common_part', 'KReciprocal']
 
-# %% ../../nbs/43_retrieval.kreciprocal.ipynb #fdce6385
+# %% ../../nbs/43_retrieval.kreciprocal.ipynb #5f9a5279
 from typing import Iterator
 
 import numpy as np
@@ -14,8 +14,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .dense import exact_rows
 from .ranks import Ranked, Ranker, offsets, order_lists, owners
-from ..similarity import unit
 
 # %% ../../nbs/43_retrieval.kreciprocal.ipynb #ad598c57
 def nearest(ranker: Ranker, # of a set with itself
@@ -79,7 +79,7 @@ def common_part(V: sp.csr_array, # (b, n) encodings of some queries
     row = np.repeat(np.repeat(np.arange(V.shape[0]), np.diff(V.indptr)), n)
     return np.bincount(row*gallery.shape[0] + gallery.indices[place], least, V.shape[0]*gallery.shape[0]).reshape(V.shape[0], -1)
 
-# %% ../../nbs/43_retrieval.kreciprocal.ipynb #aab7b7cd
+# %% ../../nbs/43_retrieval.kreciprocal.ipynb #13561f1e
 class KReciprocal:
     "Ranks by k-reciprocal encoding; has the methods of `Ranker`."
     def __init__(self,
@@ -89,58 +89,64 @@ class KReciprocal:
                  k2: int = 6, # images that an encoding is averaged over, itself counted
                  weight: float = .3, # lambda, share of the original distance
                  memory_mb: float = 256., # budget for scores of a chunk
+                 progress: bool = True, # show a bar if the search for neighbours takes more than a few seconds
                 ):
-        self.same, both = gallery is None, query if gallery is None else torch.cat([query, gallery])
-        if not 1 <= k2 <= k1 + 1 or not k1 < len(both): raise ValueError(f"k-reciprocal re-ranking needs 1 <= k2 <= k1 + 1 and k1 < {len(both)}, the number of images, got k1={k1} and k2={k2}.")
+        self.same, self.device, both = gallery is None, query.device, (query if gallery is None else torch.cat([query, gallery])).detach().cpu()
+        if not 1 <= k2 <= k1 + 1 or not k1 < len(both):
+            raise ValueError(f"k-reciprocal re-ranking needs 1 <= k2 <= k1 + 1 and k1 < {len(both)}, the number of images, got k1={k1} and k2={k2}.")
         if not 0 <= weight <= 1: raise ValueError(f"weight must lie in 0...1, got {weight}.")
-        V = encode(Ranker(both.cpu(), memory_mb=memory_mb), k1, k2)
-        z = unit(both.cpu().float())
+        ranker = Ranker(both, memory_mb=memory_mb, progress=progress)
+        V = encode(ranker, k1, k2)
+        self.plain = ranker if self.same else Ranker(both[:len(query)], both[len(query):], memory_mb=memory_mb)
         self.Q, self.N, self.weight, self.memory_mb = len(query), len(query if self.same else gallery), weight, memory_mb
         self.query_V, self.gallery_V = V[:self.Q], V[-self.N:].tocsc()
-        self.query, self.gallery = z[:self.Q], z[-self.N:]
         shared = self.query_V.astype(bool).astype(np.int64) @ np.diff(self.gallery_V.indptr) # entries met in the inverted index
         self.bytes = torch.from_numpy(40*shared + 32*self.N)
 
-# %% ../../nbs/43_retrieval.kreciprocal.ipynb #e703bcb7
+# %% ../../nbs/43_retrieval.kreciprocal.ipynb #631a826c
 @patch
-def _scores(self: KReciprocal, rows: Tensor) -> Tensor: # (b, N)
+def _scores(self: KReciprocal, rows: Tensor) -> Tensor: # (b, N) on the CPU, as `rows`
     shared = torch.from_numpy(common_part(self.query_V[rows.numpy()], self.gallery_V)).float()
-    scores = (1 - self.weight)*shared/(2 - shared) + self.weight*(self.query[rows] @ self.gallery.T)
+    scores = (1 - self.weight)*shared/(2 - shared) + self.weight*exact_rows(self.plain, rows)[0]
     if self.same: scores[torch.arange(len(rows)), rows] = -torch.inf
     return scores
 
 @patch
-def _chunks(self: KReciprocal, rows: Tensor) -> Iterator[tuple[slice, Tensor]]: # places in `rows`, (b, N) scores
+def _chunks(self: KReciprocal, rows: Tensor | None) -> Iterator[tuple[slice, Tensor]]: # places in `rows`, (b, N) scores on the CPU
     "As many queries at a time as the budget allows; a query that shares much with many takes more of it."
+    rows = torch.arange(self.Q) if rows is None else rows.cpu()
     group, hi = self.bytes[rows].cumsum(0) // int(self.memory_mb*2**20), 0
     for size in group.unique_consecutive(return_counts=True)[1].tolist():
         lo, hi = hi, hi + size
         yield slice(lo, hi), self._scores(rows[lo:hi])
 
-# %% ../../nbs/43_retrieval.kreciprocal.ipynb #8aa9beef
+# %% ../../nbs/43_retrieval.kreciprocal.ipynb #88b46bbf
 @patch
 def ranked(self: KReciprocal,
            k: int | Tensor, # ranks to list, or (len(rows),) for each query
            rows: Tensor | None = None, # which queries; None: all
           ) -> Iterator[Ranked]: # some queries at a time
     "Every gallery row that scores at least as the query's k-th best, in the order (-score, id)."
-    rows = torch.arange(self.Q) if rows is None else rows
-    k = torch.as_tensor(k).expand(len(rows)).clamp(max=self.N - self.same)
+    rows = torch.arange(self.Q, device=self.device) if rows is None else rows
+    k = torch.as_tensor(k).cpu().expand(len(rows)).clamp(max=self.N - self.same)
     for some, scores in self._chunks(rows):
         kth = scores.topk(int(k[some].max())).values.gather(1, k[some, None] - 1)
         row, ids = ((scores >= kth) & scores.isfinite()).nonzero(as_tuple=True)
         start = offsets(row, len(scores))
-        yield Ranked(rows[some], start, *order_lists(start, ids, scores[row, ids]))
+        yield Ranked(rows[some], *(x.to(self.device) for x in (start, *order_lists(start, ids, scores[row, ids]))))
 
 @patch
 def counts(self: KReciprocal, than: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "How many gallery rows score above and at a given score."
-    rows = torch.arange(self.Q) if rows is None else rows
-    found = [((scores > than[some, None]).sum(1), (scores == than[some, None]).sum(1)) for some, scores in self._chunks(rows)]
-    return tuple(map(torch.cat, zip(*found)))
+    limit = than.cpu()[:, None]
+    found = [((scores > limit[some]).sum(1), (scores == limit[some]).sum(1)) for some, scores in self._chunks(rows)]
+    return tuple(torch.cat(n).to(self.device) for n in zip(*found))
 
 @patch
 def pair_scores(self: KReciprocal, rows: Tensor, start: Tensor, ids: Tensor) -> Tensor:
     "Scores of chosen pairs; the list of query `rows[i]` is `ids[start[i]:start[i+1]]`."
-    parts = [scores[owners(start[some.start:some.start+len(scores)+1]), ids[start[some.start]:start[some.start + len(scores)]]] for some, scores in self._chunks(rows)]
-    return torch.cat(parts)
+    start, ids, parts = start.cpu(), ids.cpu(), []
+    for some, scores in self._chunks(rows):
+        ends = start[some.start:some.stop + 1]
+        parts.append(scores[owners(ends - ends[0]), ids[ends[0]:ends[-1]]])
+    return torch.cat(parts).to(self.device)

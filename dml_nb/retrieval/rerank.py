@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RERANKERS', 'rerank_report']
 
-# %% ../../nbs/43b_retrieval.rerank.ipynb #e6fb1a69
+# %% ../../nbs/43b_retrieval.rerank.ipynb #76674ea0
 from functools import partial
 from time import perf_counter
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .expansion import expanded_ranker
 from .kreciprocal import KReciprocal
+from .inputs import checked
 from .metrics import each_query
 from .ranks import Ranker
 from ..similarity import unknown
@@ -26,7 +27,7 @@ RERANKERS = {
     "k_reciprocal": KReciprocal,
 }
 
-# %% ../../nbs/43b_retrieval.rerank.ipynb #bd802037
+# %% ../../nbs/43b_retrieval.rerank.ipynb #8ede6a1e
 def rerank_report(embeddings: Tensor, # (Q, D) query embeddings
                   labels: Tensor, # (Q,) their classes
                   gallery: Tensor | None = None, # (N, D); None: the queries are the gallery
@@ -34,15 +35,18 @@ def rerank_report(embeddings: Tensor, # (Q, D) query embeddings
                   methods: dict[str, dict] | tuple[str, ...] = tuple(RERANKERS), # names, or name -> parameters such as {"k_reciprocal": dict(k1=10)}
                   recall_at: tuple[int, ...] = (1, 2, 4, 8), # the K of Recall@K
                   ties: str = "optimistic", # or "pessimistic"
-                  memory_mb: float = 256., # budget for scores
+                  memory_mb: float = 256., # budget for working memory, beside a copy of the gallery in low precision
+                  progress: bool = True, # show a bar if it takes more than a few seconds
                  ) -> pd.DataFrame: # a line a method, "plain" first: metrics in [0, 1] and seconds
     "Metrics of each re-ranking beside the plain ones."
     if ties not in ("optimistic", "pessimistic"): raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
     methods, lines = dict.fromkeys(methods, {}) if not isinstance(methods, dict) else methods, {}
     for name in methods:
         if name not in RERANKERS: raise unknown("re-ranking", name, RERANKERS)
+    x, y, g, gallery_y = checked(embeddings, labels, gallery, gallery_labels)
     for name, params in {"plain": {}, **methods}.items():
-        started, make = perf_counter(), RERANKERS.get(name, Ranker)
-        values = each_query(embeddings, labels, gallery, gallery_labels, recall_at, True, make(embeddings, gallery, memory_mb=memory_mb, **params), memory_mb)
+        started = perf_counter()
+        ranker = RERANKERS.get(name, Ranker)(x, g, **dict(memory_mb=memory_mb, progress=progress) | params)
+        values = each_query(x, y, g, None if g is None else gallery_y, recall_at, True, ranker, memory_mb)
         lines[name] = {metric: v.nanmean().item() for metric, v in values[ties].items()} | {"seconds": perf_counter() - started}
     return pd.DataFrame(lines).T.rename_axis("ranking")

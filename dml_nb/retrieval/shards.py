@@ -5,32 +5,38 @@
 # %% auto #0
 __all__ = ['search_shard', 'merge_shards', 'search_sharded']
 
-# %% ../../nbs/40d_retrieval.shards.ipynb #53a99b00
+# %% ../../nbs/40d_retrieval.shards.ipynb #cb66aeda
+import hashlib
 from itertools import accumulate
+from typing import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .bounds import as_rows
+from .bounds import as_rows, check_k
 from .ranks import Ranker
-from .search import best_k, first_k
+from .search import best_k, k_best
 
-# %% ../../nbs/40d_retrieval.shards.ipynb #c888bf7f
+# %% ../../nbs/40d_retrieval.shards.ipynb #c5a54e41
 @torch.no_grad()
 def search_shard(query, # (Q, D)
-                 shard, # (n, D) some consecutive rows of the gallery
+                 shard, # (n, D) some consecutive rows of the gallery; n may be 0
                  k: int, # how many neighbours; may be more than n
                  first: int = 0, # gallery id of the shard's first row
                  exclude_self: bool = False, # query i is gallery row i: leave it out in the shard that holds it
                  **settings, # metric, memory_mb, precision, progress, as for `search`
                 ) -> tuple[Tensor, Tensor]: # (Q, k) scores and gallery ids; -inf and 2^32-1 where the shard has fewer rows
     "The k best rows of a shard for each query, under their ids in the whole gallery."
-    query, shard = as_rows(query, "query"), as_rows(shard, "gallery")
-    own = torch.arange(len(query), device=query.device) - first
-    own = own.masked_fill(own >= len(shard), -1).clamp(min=-1) if exclude_self else None
-    scores, ids = zip(*(first_k(part, k) for part in Ranker(query, shard, exclude=own, **settings).ranked(k)))
-    scores, ids = torch.cat(scores), torch.cat(ids)
+    query, n, k = as_rows(query, "query"), len(shard), check_k(k, 2**32 - 1)
+    own = torch.arange(len(query), device=query.device) - first if exclude_self else torch.full((len(query),), -1, device=query.device)
+    own = own.masked_fill(own >= n, -1).clamp(min=-1)
+    nothing = (n == 0) | (n == 1) & (own == 0) # nothing to find, or only itself
+    scores, ids = torch.full((len(query), k), -torch.inf, dtype=torch.float32, device=query.device), own.new_full((len(query), k), 2**32 - 1)
+    rows = nothing.logical_not().nonzero()[:, 0]
+    if len(rows):
+        ranker = Ranker(query, as_rows(shard, "gallery"), exclude=own if n > 1 else None, **settings)
+        scores[rows], ids[rows] = k_best(ranker, k, rows)
     return scores, torch.where(ids == 2**32 - 1, ids, ids + first)
 
 # %% ../../nbs/40d_retrieval.shards.ipynb #237a068c
@@ -40,19 +46,32 @@ def merge_shards(parts: list[tuple[Tensor, Tensor]], # (Q, k_i) scores and ids o
     "The k best of several shards' lists."
     return best_k(*(torch.cat(x, 1) for x in zip(*parts)), k)
 
-# %% ../../nbs/40d_retrieval.shards.ipynb #0a8be3d6
+# %% ../../nbs/40d_retrieval.shards.ipynb #d5186f1d
 def _everyone(value, group) -> list:
     "The value of each process."
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
-def _agree(message: str | None, group):
-    "Raise the first problem that any process has, on all of them."
-    for rank, problem in enumerate(_everyone(message, group)):
-        if problem is not None: raise ValueError(f"process {rank}: {problem}")
+def _together(do: Callable, group):
+    "What `do` returns; if it fails on any process, all of them raise."
+    value = problem = error = None
+    try: value = do()
+    except Exception as e: error, problem = e, (isinstance(e, ValueError), str(e) or type(e).__name__)
+    for rank, theirs in enumerate(_everyone(problem, group)):
+        if theirs is not None: raise (ValueError if theirs[0] else RuntimeError)(f"process {rank}: {theirs[1]}") from error
+    return value
 
-# %% ../../nbs/40d_retrieval.shards.ipynb #4ac547e1
+def _fingerprint(query, # (Q, D)
+                 *settings, # what else has to agree
+                ) -> str:
+    "SHA-256 of the query's numbers and of settings."
+    query = as_rows(query, "query")
+    digest = hashlib.sha256(repr((tuple(query.shape), *settings)).encode())
+    for some in query.split(4096): digest.update(some.float().cpu().contiguous().view(-1).numpy())
+    return digest.hexdigest()
+
+# %% ../../nbs/40d_retrieval.shards.ipynb #d266c5fc
 def search_sharded(query, # (Q, D), the same on every process
                    shard, # (n, D) this process's consecutive rows of the gallery
                    k: int, # how many neighbours
@@ -62,15 +81,12 @@ def search_sharded(query, # (Q, D), the same on every process
                   ) -> tuple[Tensor, Tensor]: # (Q, k) scores and ids of the whole gallery, on every process
     "`search` in a gallery whose rows are split over processes; every process gets the result."
     if not dist.is_initialized(): raise RuntimeError("search_sharded needs torch.distributed: start with torchrun and call init_process_group, or use search.")
-    shapes = _everyone((len(shard), len(query), float(torch.as_tensor(query).double().sum())), group)
-    sizes, rank = [n for n, *_ in shapes], dist.get_rank(group)
-    most = sum(sizes) - exclude_self
-    if any(repr(s[1:]) != repr(shapes[0][1:]) for s in shapes): raise ValueError("the processes have different queries: pass the same to each, only the gallery is split.")
-    if not 1 <= k <= most: raise ValueError(f"k must lie in 1...{most} for {len(sizes)} shards of {sum(sizes)} rows together, got {k}.")
-    problem = None
-    try: mine = search_shard(query, shard, k, list(accumulate([0] + sizes))[rank], exclude_self, **settings)
-    except ValueError as error: problem = str(error)
-    _agree(problem, group)
+    same = (k, exclude_self, settings.get("metric", "cosine"))
+    sizes, prints = zip(*_everyone(_together(lambda: (len(shard), _fingerprint(query, *same)), group), group))
+    if len(set(prints)) > 1: raise ValueError("the processes have different queries, k or settings: pass the same to each, only the gallery is split.")
+    k = check_k(k, sum(sizes) - exclude_self, f" for {len(sizes)} shards of {sum(sizes)} rows together")
+    first = list(accumulate(sizes, initial=0))[dist.get_rank(group)]
+    mine = _together(lambda: search_shard(query, shard, k, first, exclude_self, **settings), group)
     parts = [[torch.empty_like(x) for _ in sizes] for x in mine]
     for part, x in zip(parts, mine): dist.all_gather(part, x.contiguous(), group=group)
     return merge_shards(list(zip(*parts)), k)
