@@ -2,10 +2,12 @@
 
     python benchmarks/retrieval.py                                # about six minutes on two cores
     python benchmarks/retrieval.py --cases "cub *" --oml python   # some cases; the interpreter that has OpenMetricLearning
+    python benchmarks/retrieval.py --device cuda                  # the cases that run on a GPU: ours, torch, pml
 
 Each case runs in a process of its own: the work once to warm up where it is short, then the work and the floor in turn,
 so that a slow moment of the machine hits both; medians are compared. Peak memory is what the process grew by in its first
-work, before any floor. The embeddings are drawn: classes of realistic sizes around centres that share super-classes, with a
+work, before any floor, after a small work that imports what is needed; on a GPU it is what torch allocated there. The
+embeddings are drawn (by the parent process, whose memory does not count): classes of realistic sizes around centres that share super-classes, with a
 falling spectrum and images of different difficulty, so that recall is in the range of trained networks.
 """
 
@@ -13,7 +15,6 @@ import argparse
 import json
 import platform
 import re
-import resource
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,7 @@ from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
@@ -96,7 +98,7 @@ def pml(*include, k="max_bin_count"):
 
         names = {"precision_at_1": "R@1", "mean_average_precision_at_r": "MAP@R", "r_precision": "R-precision"}
         knn = CustomKNN(CosineSimilarity(), batch_size=1024) if k == "torch" else None
-        calculator = AccuracyCalculator(include=include, k=None if k == "torch" else k, device=torch.device("cpu"), knn_func=knn)
+        calculator = AccuracyCalculator(include=include, k=None if k == "torch" else k, device=x.device, knn_func=knn)
         return {names[name]: value for name, value in calculator.get_accuracy(x, y).items()}
 
     return work
@@ -133,30 +135,48 @@ CASES = {
 }
 
 
-def measure(case, shrink):
-    "In a process of its own: seconds of work and floor, their values, the memory that the first work took."
-    size = SIZES[case.split()[0]]
-    size = size | dict(n=size["n"] // shrink, classes=max(2, size["classes"] // shrink))
-    x, y = data(**size)
-    work, repeats, once = CASES[case][1], size["repeats"], not case.split()[1].startswith("ours") and size["n"] > 20000
-    x[:64] @ x.T
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def shrunk(name, shrink):
+    size = SIZES[name]
+    return size | dict(n=size["n"] // shrink, classes=max(2, size["classes"] // shrink))
+
+
+def megabytes(device, name):
+    "Memory of this process now (VmRSS) or at most so far (VmHWM; unlike getrusage's, without that of the parent)."
+    if device == "cuda":
+        return (torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
+    return int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def seconds(do, device):
     start = perf_counter()
-    values = work(x, y, tuple(k for k in size["recall_at"] if k < size["n"]))
-    first, peak = perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times, floors = [first] if size["n"] > 20000 else [], []
-    while len(floors) < (1 if once else repeats):
-        for spent, do in ((floors, lambda: floor(x)), (times, lambda: work(x, y, size["recall_at"]))):
-            if not once or spent is floors:
-                start = perf_counter()
-                do()
-                spent.append(perf_counter() - start)
-    return dict(seconds=median(times), floor=median(floors), ratio=median(times) / median(floors), extra_mb=(peak - before) / 1024, **values)
+    value = do()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return perf_counter() - start, value
 
 
-def child(case, shrink, python):
+def measure(case, shrink, device, file):
+    "In a process of its own: seconds of work and floor, their values, the memory that the first work took."
+    size, work, long = shrunk(case.split()[0], shrink), CASES[case][1], "sop" in case
+    x, y = (t.to(device) for t in torch.load(file))
+    once, recall_at = long and "ours" not in case, tuple(k for k in size["recall_at"] if k < size["n"])
+    work(x[:400], y[:400], tuple(k for k in recall_at if k < 400))
+    floor(x[:64])
+    before = megabytes(device, "VmRSS")
+    first, values = seconds(lambda: work(x, y, recall_at), device)
+    extra = megabytes(device, "VmHWM") - before
+    times, floors = [first] if long else [], []
+    while len(floors) < (1 if once else size["repeats"]):
+        floors.append(seconds(lambda: floor(x), device)[0])
+        if not once:
+            times.append(seconds(lambda: work(x, y, recall_at), device)[0])
+    return dict(seconds=median(times), floor=median(floors), ratio=median(times) / median(floors), extra_mb=extra, **values)
+
+
+def child(case, args, file):
     "Measure in a fresh process; a word instead of numbers where it was stopped."
-    command = [python if " oml" in case else sys.executable, __file__, "--child", case, "--shrink", str(shrink)]
+    command = [args.oml if " oml" in case else sys.executable, __file__, "--child", case, "--data", file]
+    command += ["--shrink", str(args.shrink), "--device", args.device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     except (subprocess.TimeoutExpired, FileNotFoundError) as error:
@@ -180,6 +200,20 @@ def installed(package):
         return ""
 
 
+def installed_oml(python):
+    if python is None:
+        return ""
+    code = "from importlib.metadata import version; print(version('open-metric-learning'))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+
+
+def hardware(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "") if sys.platform == "linux" else platform.processor()
+    return cpu or platform.machine()
+
+
 def main():
     import pandas as pd
 
@@ -188,28 +222,36 @@ def main():
     parser.add_argument("--oml", default=None, metavar="PYTHON", help="interpreter of an environment with open-metric-learning; without it those cases are left out")
     parser.add_argument("--shrink", type=int, default=1, help="divide images and classes by this, for a trial")
     parser.add_argument("--out", type=Path, default=None, help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the embeddings are")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--data", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.child:
-        return print(json.dumps(measure(args.child, args.shrink)))
+        return print(json.dumps(measure(args.child, args.shrink, args.device, args.data)))
     chosen = [case for case in CASES if any(fnmatch(case, pattern) for pattern in args.cases) and (args.oml or " oml" not in case)]
+    if args.device == "cuda":
+        chosen = [case for case in chosen if not re.search("oml|faiss", case)]
     if not chosen:
         parser.error(f"no case {' '.join(args.cases)!r}: known are {', '.join(CASES)}")
     print(f"{'case':22}{'computes':25}{'seconds':>10} {'floor':>10} {'ratio':>7} {'extra memory':>11}")
     rows = []
-    for case in chosen:
-        rows.append(dict(case=case, what=CASES[case][0], images=SIZES[case.split()[0]]["n"] // args.shrink) | child(case, args.shrink, args.oml))
-        print(line(rows[-1]), flush=True)
+    with TemporaryDirectory() as folder:
+        for name in {case.split()[0]: None for case in chosen}:
+            torch.save(data(**shrunk(name, args.shrink)), f"{folder}/{name}.pt")
+        for case in chosen:
+            name = case.split()[0]
+            rows.append(dict(case=case, what=CASES[case][0], images=shrunk(name, args.shrink)["n"]) | child(case, args, f"{folder}/{name}.pt"))
+            print(line(rows[-1]), flush=True)
     out = args.out or (HERE / "results" if args.cases == ["*"] and args.shrink == 1 else None)
     if out is None:
         return
-    cpu = next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "") if sys.platform == "linux" else platform.processor()
-    hardware = "-".join(re.findall(r"[A-Za-z0-9]+", cpu.replace("(R)", "").replace("CPU", ""))[:4]).lower() or platform.machine()
-    versions = {"torch": version("torch"), "faiss": installed("faiss-cpu"), "pml": installed("pytorch-metric-learning")}
-    file = out / f"retrieval-{hardware}-{torch.get_num_threads()}threads-torch{versions['torch']}.csv"
+    device = hardware(args.device)
+    short = "-".join(re.findall(r"[A-Za-z0-9]+", device.replace("(R)", "").replace("CPU", ""))[:4]).lower()
+    versions = {"torch": version("torch"), "faiss": installed("faiss-cpu"), "pml": installed("pytorch-metric-learning"), "oml": installed_oml(args.oml)}
+    file = out / f"retrieval-{short}-{torch.get_num_threads()}threads-torch{versions['torch']}.csv"
     out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).assign(cpu=cpu, threads=torch.get_num_threads(), **versions, date=str(date.today())).round(4).to_csv(file, index=False)
+    pd.DataFrame(rows).assign(hardware=device, threads=torch.get_num_threads(), **versions, date=str(date.today())).round(4).to_csv(file, index=False)
     print(f"written: {file}")
 
 

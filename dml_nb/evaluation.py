@@ -111,7 +111,7 @@ def after_pred(self: RetrievalMetrics):
     self.embeddings[self.seen:self.seen + len(pred)] = pred
     self.seen += len(pred)
 
-# %% ../nbs/50a_evaluation.ipynb #3d331bd2
+# %% ../nbs/50a_evaluation.ipynb #bd5d8934
 @patch
 def after_validate(self: RetrievalMetrics):
     if not self.losses: return
@@ -145,7 +145,8 @@ def sides(self: RetrievalMetrics) -> tuple[Tensor, ...]: # embeddings, labels, a
     "What `evaluate` is asked."
     x, y, mask = self.embeddings, self.dls.test_labels, getattr(self.dls, "test_queries", None)
     if mask is None: return x, y
-    if mask.shape != y.shape or mask.dtype != torch.bool: raise ValueError(f"dls.test_queries must be a boolean mask of the {len(y)} test images, got {mask.dtype} of shape {tuple(mask.shape)}.")
+    if mask.shape != y.shape or mask.dtype != torch.bool:
+        raise ValueError(f"dls.test_queries must be a boolean mask of the {len(y)} test images, got {mask.dtype} of shape {tuple(mask.shape)}.")
     return x[mask.to(x.device)], y[mask], x[~mask.to(x.device)], y[~mask]
 
 # %% ../nbs/50a_evaluation.ipynb #3e82e780

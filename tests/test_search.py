@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dml_nb.retrieval.bounds import METRICS, fast_dtype
-from dml_nb.retrieval.ranks import Ranker
+from dml_nb.retrieval.ranks import Ranker, block_maxima
 from dml_nb.retrieval.search import search
-from dml_nb.retrieval.shards import search_sharded
+from dml_nb.retrieval.shards import merge_shards, search_shard, search_sharded
 from dml_nb.similarity import unit
 
 CPU = torch.device("cpu")
@@ -52,30 +52,31 @@ def make(kind, n, d, seed):
         x = x[:1].expand(n, d).clone()
     elif kind == "zeros":
         x = x * (torch.rand(n, 1, generator=g) < 0.5)
+    elif kind == "one long row":
+        x[n // 2] *= 1000
     elif kind == "wild lengths":
         x = x * 10 ** (6 * torch.rand(n, 1, generator=g) - 3)
     return x
 
 
-KINDS = ["random", "clusters", "one corner", "grid", "copies", "near copies", "all equal", "zeros", "wild lengths"]
-SIZES = dict(n=st.integers(2, 150), d=st.sampled_from([1, 2, 7, 33, 64]), seed=st.integers(0, 10**6))
+KINDS = ["random", "clusters", "one corner", "grid", "copies", "near copies", "all equal", "zeros", "one long row", "wild lengths"]
+SIZES = dict(n=st.integers(2, 120), d=st.sampled_from([1, 2, 7, 33, 64]), seed=st.integers(0, 10**6))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(data=st.data(), **SIZES)
 def test_search_is_a_sort_of_exact_scores(kind, metric, data, n, d, seed):
     x, k = make(kind, n, d, seed), data.draw(st.integers(1, n - 1))
     for way in WAYS:
-        for exclude_self in (True, False):
+        for exclude_self, expected in zip((True, False), (oracle(x, x, k, metric, True), oracle(x, x, k, metric))):
             values, ids = search(x, x, k, metric=metric, exclude_self=exclude_self, **way)
-            expected = oracle(x, x, k, metric, exclude_self)
             assert torch.equal(values, expected[0]) and torch.equal(ids, expected[1]), way
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(column=st.integers(0, 10**6), metric=st.sampled_from(METRICS), **SIZES)
 def test_counts_are_counts_of_exact_scores(kind, column, metric, n, d, seed):
     x = make(kind, n, d, seed)
@@ -109,13 +110,63 @@ def test_far_points_change_nothing(n, d, seed):
         assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("kind", ["random", "clusters", "one corner", "near copies"])
+@pytest.mark.parametrize("kind", ["random", "clusters", "one corner", "near copies", "one long row"])
 def test_galleries_where_the_bound_prunes(kind):
     x = make(kind, 5000, 64, 0)
-    for way in WAYS:
-        for k in (1, 30, 700):
-            for got, expected in zip(search(x[::100], x, k, **way), oracle(x[::100], x, k)):
-                assert torch.equal(got, expected)
+    metric = "inner" if kind == "one long row" else "cosine"
+    for k in (1, 30, 700):
+        expected = oracle(x[::200], x, k, metric)
+        for way in WAYS:
+            for got, right in zip(search(x[::200], x, k, metric=metric, **way), expected):
+                assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_are_those_of_faiss(kind, metric):
+    "faiss alone, without the exact scores of the back end: equal but for float32."
+    faiss = pytest.importorskip("faiss")
+    x = make(kind, 400, 16, 0)
+    rows = unit(x) if metric == "cosine" else x
+    index = (faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP)(16)
+    index.add(rows.numpy())
+    found = torch.from_numpy(index.search(rows.numpy(), 20)[0])
+    values = search(x, x, 20, metric=metric)[0]
+    longest = rows.norm(dim=1)[:, None] + rows.norm(dim=1).max()
+    found, values = (found, values.square()) if metric == "euclidean" else (found, values)
+    assert ((found - values).abs() <= 1e-5 * longest**2).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_layout_and_budget_do_not_matter(metric):
+    x = torch.randn(64, 1500, generator=torch.Generator().manual_seed(0)).T
+    expected = search(x.contiguous(), x.contiguous(), 5, metric=metric)
+    for memory_mb in (0.3, 256):
+        for got, right in zip(search(x, x, 5, metric=metric, memory_mb=memory_mb), expected):
+            assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_default_dtype_does_not_matter(backend):
+    x = make("copies", 200, 16, 0)
+    expected = search(x, x, 9)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for memory_mb in (0.02, 256):
+            for got, right in zip(search(x, x, 9, backend=backend, memory_mb=memory_mb), expected):
+                assert torch.equal(got, right)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_empty_and_tiny_shards(metric):
+    x = make("copies", 40, 8, 0)
+    cuts = [0, 0, 1, 2, 2, 40, 40]
+    for k in (1, 7, 39):
+        parts = [search_shard(x, x[lo:hi], k, lo, True, metric=metric) for lo, hi in zip(cuts, cuts[1:])]
+        for merged, whole in zip(merge_shards(parts, k), oracle(x, x, k, metric, True)):
+            assert torch.equal(merged, whole)
 
 
 @pytest.mark.skipif(not HAS_BF16, reason="this processor does not multiply bfloat16")
@@ -124,7 +175,7 @@ def test_bfloat16_leaves_few_candidates():
     ranker = Ranker(x, precision="bfloat16")
     chunk = next(ranker._chunks(torch.arange(100)))
     product = ranker._product(chunk)
-    best = ranker._blocks(product, 10)
+    best = block_maxima(product, ranker._width(10))
     kth = best.sort(1).values[:, -10].double()
     left = sum(len(ids) for *_, ids, _ in ranker._survivors(product, best, ranker._below(ranker._below(kth) - 2 * chunk.bound)))
     assert 1000 <= left < 4000
@@ -135,9 +186,12 @@ def test_bfloat16_leaves_few_candidates():
 def test_gpu_equals_cpu(kind):
     x = make(kind, 3000, 64, 0)
     for metric in METRICS:
-        for precision in ("auto", "float32"):
-            for got, expected in zip(search(x.cuda(), x.cuda(), 20, metric=metric, precision=precision, exclude_self=True), search(x, x, 20, metric, exclude_self=True)):
-                assert torch.equal(got.cpu(), expected)
+        expected = search(x, x, 20, metric=metric, exclude_self=True)
+        first = search(x.cuda(), x.cuda(), 20, metric=metric, exclude_self=True)
+        assert torch.allclose(first[0].cpu(), expected[0], rtol=1e-6, atol=1e-6)
+        for way in (dict(precision="float32"), dict(memory_mb=1)):
+            for got, right in zip(search(x.cuda(), x.cuda(), 20, metric=metric, exclude_self=True, **way), first):
+                assert torch.equal(got, right)
 
 
 def test_without_bfloat16_hardware(monkeypatch):
@@ -181,18 +235,22 @@ def test_no_bar_for_a_short_search(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_memory_is_bounded():
-    "A full matrix of these scores takes 3.6 GB."
-    code = """if True:
-    import resource, torch
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("what", ["torch.randn(12000, 32)", "torch.ones(600, 32), torch.ones(12000, 32)"])
+def test_memory_is_bounded(what):
+    "A full matrix of the first scores takes 576 MB, the ties of the second 1.1 GB in 64-bit keys and scores."
+    code = f"""if True:
+    import re, torch
     from dml_nb.retrieval.search import search
-    x = torch.randn(30000, 32)
-    search(x[:300], x[:300], 3)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    search(x, x, 10, memory_mb=64)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    x = {what}
+    query, gallery = x if isinstance(x, tuple) else (x, x)
+    search(query[:300], query[:300], 3)
+    def status(name): return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+    before = status("VmRSS")
+    search(query, gallery, 10, memory_mb=48)
+    print(status("VmHWM") - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 250
+    assert float(done.stdout) < 130
 
 
 def _shard(rank, sizes, store, results):
@@ -200,12 +258,14 @@ def _shard(rank, sizes, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
     x = make("copies", sum(sizes), 16, 0)
     shard = x.split(sizes)[rank]
-    got = [search_sharded(x, shard, k, exclude_self, metric=metric) for metric in METRICS for k in (1, 12, 150) for exclude_self in (False, True)]
+    got = [search_sharded(x, shard, k, exclude_self, metric=metric) for metric in METRICS for k in (1, 150) for exclude_self in (False, True)]
+    got += [search_sharded(x, x[:0] if rank else x, 12)]
     errors = []
-    for bad_query, bad_shard, k in ((x, shard * (torch.nan if rank else 1), 3), (x, shard, 500), (x + rank, shard, 3)):
+    permuted = x.flip(0) if rank else x
+    for bad_query, bad_shard, k in ((x, shard * (torch.nan if rank else 1), 3), (x, shard, 500), (permuted, shard, 3), (x, None if rank else shard, 3)):
         try:
             search_sharded(bad_query, bad_shard, k)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             errors.append(str(error))
     torch.save((got, errors), f"{results}/{rank}.pt")
     dist.destroy_process_group()
@@ -215,10 +275,11 @@ def test_two_processes_equal_one(tmp_path):
     sizes = (70, 130)
     torch.multiprocessing.spawn(_shard, args=(sizes, tmp_path / "store", tmp_path), nprocs=2)
     x = make("copies", sum(sizes), 16, 0)
-    expected = [search(x, x, k, metric=metric, exclude_self=own) for metric in METRICS for k in (1, 12, 150) for own in (False, True)]
+    expected = [search(x, x, k, metric=metric, exclude_self=own) for metric in METRICS for k in (1, 150) for own in (False, True)]
+    expected += [search(x, x, 12)]
     for rank in range(2):
         got, errors = torch.load(tmp_path / f"{rank}.pt")
-        for one, whole in zip(got, expected):
+        for one, whole in zip(got, expected, strict=True):
             assert torch.equal(one[0], whole[0]) and torch.equal(one[1], whole[1])
-        assert len(errors) == 3
+        assert len(errors) == 4 and "process 1: object of type 'NoneType' has no len()" in errors[3]
         assert "process 1: gallery contains NaN" in errors[0] and "k must lie in 1...200" in errors[1] and "different queries" in errors[2]

@@ -113,15 +113,17 @@ def check_k(k, # a whole number of any type
     if not 1 <= k <= most: raise ValueError(f"k must lie in 1...{most}{why}, got {k}.")
     return k
 
-# %% ../../nbs/40a_retrieval.bounds.ipynb #887dd701
+# %% ../../nbs/40a_retrieval.bounds.ipynb #208347bb
 def check_pair(query: Tensor, # (Q, D)
                gallery: Tensor, # (N, D)
               ):
     "Raise `ValueError` unless the two can be compared."
-    if query.shape[1] != gallery.shape[1]: raise ValueError(f"query and gallery must have the same size D, got {query.shape[1]} and {gallery.shape[1]}: embed both with one model.")
-    if query.device != gallery.device: raise ValueError(f"query and gallery must be on one device, got {query.device} and {gallery.device}: move one of them.")
+    if query.shape[1] != gallery.shape[1]:
+        raise ValueError(f"query and gallery must have the same size D, got {query.shape[1]} and {gallery.shape[1]}: embed both with one model.")
+    if query.device != gallery.device:
+        raise ValueError(f"query and gallery must be on one device, got {query.device} and {gallery.device}: move one of them.")
     if query.dtype != gallery.dtype and torch.float64 in (query.dtype, gallery.dtype):
-        raise ValueError(f"query is {query.dtype} and gallery {gallery.dtype}: call .float() on both (scores are those of float32 rows; half precision may be mixed with it).")
+        raise ValueError(f"query is {query.dtype} and gallery {gallery.dtype}: call .float() on both (scores are those of float32 rows).")
 
 # %% ../../nbs/40a_retrieval.bounds.ipynb #09f6da8c
 def float_rows(x: Tensor, # (N, D) rows in any floating dtype

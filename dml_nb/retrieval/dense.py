@@ -43,7 +43,7 @@ def _sorted_scores(ranker: Ranker, positives, rows: Tensor) -> tuple[Tensor, Ten
     scores[which, ids] = -torch.inf
     return sort_rows(right).flip(1), sort_rows(scores)
 
-# %% ../../nbs/41c_retrieval.dense.ipynb #a4e5908b
+# %% ../../nbs/41c_retrieval.dense.ipynb #87a02716
 def positives_in_rows(ranker: Ranker, # by cosine similarity
                       positives, # `Positives` of all queries
                       rows: Tensor, # (n,) queries with at least one positive
@@ -57,7 +57,8 @@ def positives_in_rows(ranker: Ranker, # by cosine similarity
         limit = wrong.gather(1, (ranker.N - 1 - R[some, None] + j).clamp(max=ranker.N - 1))
         found = ((right >= limit) & (j <= R[some, None])) | (j == 1)
         right = right[:, :int(found.sum(1).max())].contiguous()
-        upto, below = torch.searchsorted(wrong, right, right=True), torch.searchsorted(wrong, right)
+        upto, found = torch.searchsorted(wrong, right, right=True), found[:, :right.shape[1]]
+        tied = ((wrong.gather(1, (upto - 1).clamp(min=0)) == right) & found).any()
+        below = torch.searchsorted(wrong, right) if tied else upto
         which, place = found.nonzero(as_tuple=True)
-        upto = upto[which, place]
-        yield some, which, place + 1, ranker.N - upto, upto - below[which, place]
+        yield some, which, place + 1, ranker.N - upto[which, place], (upto - below)[which, place]

@@ -41,7 +41,7 @@ def far_rows(norm: Tensor # (N,) lengths of the centred gallery rows
     rest = norm.topk(min(most + 1, len(norm))).values[-1]
     return (norm > 4*rest).nonzero()[:, 0]
 
-# %% ../../nbs/40b_retrieval.product.ipynb #eb3f7b65
+# %% ../../nbs/40b_retrieval.product.ipynb #dd6a7b3a
 class Product:
     "Products of queries with a gallery, prepared once and used for any number of passes."
     def __init__(self,
@@ -60,17 +60,19 @@ class Product:
         check_pair(self.query, self.gallery)
         self.Q, self.N, self.device = len(self.query), len(self.gallery), self.gallery.device
         self.exclude = torch.arange(self.Q, device=self.device) if gallery is None and exclude is None else exclude
-        if self.N == 1 and self.exclude is not None and (self.exclude == 0).any(): raise ValueError("the gallery's only row is the query itself: nothing is left to rank.")
+        if self.N == 1 and self.exclude is not None and (self.exclude == 0).any():
+            raise ValueError("the gallery's only row is the query itself: nothing is left to rank.")
         self.dtype = fast_dtype(self.device, precision)
         self.rounding = (2**-8 if self.dtype == torch.bfloat16 else 0) + 2**-20 # of a stored product and of a threshold
         self._prepare()
 
-# %% ../../nbs/40b_retrieval.product.ipynb #5ad4f82b
+# %% ../../nbs/40b_retrieval.product.ipynb #ffe6d330
 @patch
 def _prepare(self: Product):
     most = [check_finite(x, name) for name, x in {"query": self.query, "gallery": self.gallery}.items()]
     cosine = self.metric == "cosine"
-    if (max(most)**2 if cosine else most[0]*most[1]) * self.gallery.shape[1] > 1e38: raise ValueError(f"inner products of these embeddings, of numbers up to {max(most):.0e}, overflow float32: scale them.")
+    if (max(most)**2 if cosine else most[0]*most[1]) * self.gallery.shape[1] > 1e38:
+        raise ValueError(f"inner products of these embeddings, of numbers up to {max(most):.0e}, overflow float32: scale them.")
     self.scale = 1. if cosine else 2.**-torch.tensor(max(most)).frexp().exponent.clamp(-120, 120).item()
     self.center = self._scaled(self.gallery, torch.arange(0, self.N, -(-self.N//1024), device=self.device)).mean(0)
     self.low = torch.zeros(-(-self.N//64)*64, self._lower(self.center[None], True).rows.shape[1], dtype=self.dtype, device=self.device)
