@@ -211,7 +211,7 @@ def main():
     parser.add_argument("--losses", nargs="+", default=None, metavar="NAME")
     parser.add_argument("--batches", nargs="+", type=int, default=[120, 512, 2048])
     parser.add_argument("--classes", nargs="+", type=int, default=[100, 11318])
-    parser.add_argument("--out", type=Path, default=None, help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given, and then renews its losses' lines")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -234,7 +234,11 @@ def main():
     hardware = "-".join(re.findall(r"[A-Za-z0-9]+", cpu.replace("(R)", "").replace("CPU", ""))[:4]).lower() or platform.machine()
     file = out / f"losses-{hardware}-{torch.get_num_threads()}threads-torch{version('torch')}-pml{version('pytorch-metric-learning')}.csv"
     out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).assign(cpu=cpu, threads=torch.get_num_threads(), torch=version("torch"), pml=version("pytorch-metric-learning"), date=str(date.today())).round(3).to_csv(file, index=False)
+    table = pd.DataFrame(rows).assign(cpu=cpu, threads=torch.get_num_threads(), torch=version("torch"), pml=version("pytorch-metric-learning"), date=str(date.today())).round(3)
+    if args.losses and file.exists():
+        kept = pd.read_csv(file)
+        table = pd.concat([kept[~kept.loss.isin(args.losses)], table]).sort_values("loss", kind="stable")
+    table.to_csv(file, index=False)
     print(f"written: {file}")
 
 
