@@ -112,6 +112,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders._loader': ('data.loaders.html#_loader', 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders._only_x': ('data.loaders.html#_only_x', 'dml_nb/data/loaders.py'),
+                                     'dml_nb.data.loaders._outlive_nobody': ('data.loaders.html#_outlive_nobody', 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders.eval_loader': ('data.loaders.html#eval_loader', 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders.image_transform': ('data.loaders.html#image_transform', 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders.mixed_seed': ('data.loaders.html#mixed_seed', 'dml_nb/data/loaders.py'),

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_a_killed_notebook_is_started_again_where_it_stopped(dml_nb, glyph_folde
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "1 done, 0 failed: 1 run now" in output
     check_resumed(path.parent, before)
+
+
+ORPHANS = """
+import os, signal, time, torch
+from dml_nb.data.loaders import TensorSet, eval_loader
+loader = eval_loader(TensorSet(torch.zeros(600, 1)), workers=2)
+begun = loader.worker_init_fn
+loader.worker_init_fn = lambda i: (time.sleep(2), begun(i))
+batches = iter(loader)
+print(*(worker.pid for worker in batches._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed_while_they_start():
+    process = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=100)  # ends when no worker holds the output open
+    assert len(process.stdout.split()) == 2 and process.returncode == -signal.SIGKILL, process.stderr
 
 
 def test_a_killed_batch_is_finished_by_one_of_two_that_start_at_once(dml_nb, glyph_folder):

@@ -6,8 +6,12 @@
 __all__ = ['IMAGENET', 'CAFFE', 'InputSpec', 'image_transform', 'mixed_seed', 'EpochSampler', 'TensorSet', 'random_shift',
            'SeededBatches', 'train_loader', 'set_epoch', 'eval_loader']
 
-# %% ../../nbs/14_data.loaders.ipynb #dd7482ed
+# %% ../../nbs/14_data.loaders.ipynb #f3d74cac
+import os
 from dataclasses import dataclass
+from multiprocessing import parent_process
+from threading import Thread
+from time import sleep
 
 import numpy as np
 import torch
@@ -151,11 +155,18 @@ class SeededBatches(Dataset):
         torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, number)) # not torch.manual_seed: that reseeds CUDA
         return self.dataset[index]
 
-# %% ../../nbs/14_data.loaders.ipynb #8ce40e90
+# %% ../../nbs/14_data.loaders.ipynb #7d06c531
+def _outlive_nobody(_):
+    def watch():
+        while os.getppid() == parent_process().pid: sleep(1)
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+
 def _loader(batches, sampler, workers, **kwargs):
     return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, generator=torch.Generator(),
-                      pin_memory=torch.cuda.is_available(), **kwargs)
+                      pin_memory=torch.cuda.is_available(), worker_init_fn=_outlive_nobody, **kwargs)
 
+# %% ../../nbs/14_data.loaders.ipynb #ea0ddd71
 def train_loader(
     dataset, # `TensorSet`, or a data set of `(image, label)` items such as `ImageSet`
     batch_size:int, # images a batch
