@@ -84,12 +84,16 @@ class LossState(Callback):
         whole = [gather(part) for part in (self.pred.detach().float(), labels, sample_ids) if part is not None]
         self.loss_func.remember(*whole)
 
-# %% ../nbs/50_learner.ipynb #32d2e2b9
+# %% ../nbs/50_learner.ipynb #ca78f406
 @patch
 def before_fit(self: LossState):
-    steps, parts = self.n_epoch * len(self.dls.train), self.loss_func.modules() if isinstance(self.loss_func, nn.Module) else []
-    late = max((getattr(part, "start_iteration", 0) for part in parts), default=0)
-    if late >= steps: raise ValueError(f"start_iteration {late} is never reached in {steps} steps ({self.n_epoch} epochs of {len(self.dls.train)}): choose a smaller one or train longer.")
+    parts = list(self.loss_func.modules()) if isinstance(self.loss_func, nn.Module) else []
+    steps = self.n_epoch * len(self.dls.train)
+    in_steps = f"{steps} steps ({self.n_epoch} epochs of {len(self.dls.train)})"
+    for names, end, what in ((("start_iteration", "warm_up"), steps, in_steps), (("start_epoch", "fill_from"), self.n_epoch, f"{self.n_epoch} epochs")):
+        for name in names:
+            late = max((getattr(part, name, 0) for part in parts), default=0)
+            if late >= end: raise ValueError(f"{name} {late} is never reached in {what}: choose a smaller one or train longer.")
 
 # %% ../nbs/50_learner.ipynb #f0e174b9
 class WarmUp(Callback):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .similarity import check_embeddings, check_labels, unit
 
-# %% ../nbs/01_memory.ipynb #c42d7c4f
+# %% ../nbs/01_memory.ipynb #5312563f
 class ClassQueues(nn.Module):
     "One first-in-first-out queue of detached unit embeddings for each class, with its running sum."
     def __init__(self,
@@ -34,7 +34,8 @@ class ClassQueues(nn.Module):
         state.setdefault(prefix + "turn", self.turn)
         super()._load_from_state_dict(state, prefix, *args)
         stored = state.get(prefix + "queue", self.queue)
-        if stored.dtype != self.queue.dtype: self.sum.copy_(self.queue.to(self.sum.dtype).sum(1)) # the entries were rounded
+        if stored.dtype != self.queue.dtype: # the entries were rounded; in parts, since a float32 copy of all is what half precision avoids
+            for entries, total in zip(self.queue.split(256), self.sum.split(256)): total.copy_(entries.to(self.sum.dtype).sum(1))
 
 # %% ../nbs/01_memory.ipynb #a7f487b8
 from fastcore.basics import patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unit', 'cosine', 'gram', 'euclidean', 'match_masks', 'first_order_only', 'masked_logsumexp', 'log1p_sum_exp',
-           'in_float32', 'gather', 'own_rows', 'unknown', 'check_embeddings', 'check_labels']
+           'in_float32', 'gather', 'own_rows', 'own_share', 'unknown', 'check_embeddings', 'check_labels']
 
 # %% ../nbs/00_similarity.ipynb #54163108
 from difflib import get_close_matches
@@ -130,7 +130,7 @@ def in_float32(forward: Callable, # method `(self, embeddings, *args)` of a loss
 # %% ../nbs/00_similarity.ipynb #43de8c8e
 from torch import distributed as dist
 
-# %% ../nbs/00_similarity.ipynb #cf5d09c7
+# %% ../nbs/00_similarity.ipynb #b285e681
 def _part_sizes(x: Tensor) -> list[int]: # length of the part of each process
     if not (dist.is_available() and dist.is_initialized()): return [len(x)]
     size = torch.tensor([len(x)], device=x.device)
@@ -154,6 +154,12 @@ def own_rows(x: Tensor, # (B, ...) the part of this process
     sizes = _part_sizes(x)
     start = sum(sizes[:dist.get_rank()]) if len(sizes) > 1 else 0
     return slice(start, start + len(x))
+
+def own_share(count: int, # rows that every process holds
+             ) -> slice: # every n-th of them, the first at this process's rank
+    "The part of common rows that this process answers for."
+    if not (dist.is_available() and dist.is_initialized()): return slice(0, count)
+    return slice(dist.get_rank(), count, dist.get_world_size())
 
 # %% ../nbs/00_similarity.ipynb #0b20271e
 def unknown(kind: str, # what the name stands for, such as "loss"

@@ -23,6 +23,7 @@ MEMORY_LOSSES = {
     "prism": dict(memory_size=50, noise_rate=0.25, window=3),
     "memvir": dict(steps=2, gap=1, start_epoch=0),
     "cp_proxy_anchor": dict(start_epoch=0, capacity=5),
+    "cp_proxy_nca": dict(start_epoch=0, capacity=5, enqueue="before"),
 }
 
 
@@ -169,6 +170,8 @@ def test_other_losses_are_called_as_ever():
 def test_a_memory_that_would_never_be_used_is_refused():
     with pytest.raises(ValueError, match="start_iteration 1000 is never reached in 9 steps"):
         train(create_loss({"xbm": 1.0, "norm_softmax": 1.0}, 12, D))
+    with pytest.raises(ValueError, match="start_epoch 40 is never reached in 3 epochs"):
+        train(create_loss("memvir", 12, D))
 
 
 # several processes
@@ -193,9 +196,15 @@ def one_of_two(rank, folder):
             if name == "prism":
                 loss(*part[:2], sample_ids=part[2])
                 found["kept", step] = loss.last_active
+            if name.startswith("cp_"):
+                loss(*part[:2])
             callback.learn = SimpleNamespace(training=True, loss_func=loss, pred=part[0], yb=(part[1], None, None, None, part[2]) if ids else (part[1],))
             callback.after_batch()
         torch.save(loss.state_dict(), f"{folder}/{name}-{rank}.pt")
+        if name == "memvir":
+            x, y = next(steps(1))
+            half = slice(0, 6) if rank == 0 else slice(6, B)
+            found["gradient"] = torch.autograd.grad(loss(x[half], y[half]), loss.proxies)[0]
     torch.save(found, f"{folder}/found-{rank}.pt")
     dist.destroy_process_group()
 
@@ -210,9 +219,15 @@ def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
             x, ids = x.float().double(), (torch.arange(B) + 3 * step,) if takes_ids(single) else ()
             if name in ("xbm", "prism"):
                 assert sum(part[name, step] for part in found) == pytest.approx(single.against_memory(x, y, sample_ids=ids[0]).item(), rel=1e-6)
+            if name.startswith("cp_"):
+                single(x, y)
             if name == "prism":
                 assert sum(part["kept", step] for part in found) == single.judge(x, y)[0].sum()
             single.remember(x.float(), y, *ids)
+        if name == "memvir":  # the mean over processes, as DDP takes it
+            x, y = next(steps(1))
+            expected = torch.autograd.grad(single(x, y), single.proxies)[0]
+            torch.testing.assert_close(sum(part["gradient"] for part in found) / 2, expected, rtol=1e-6, atol=1e-9)
         for rank in (0, 1):
             twin = build(name)
             twin.load_state_dict(torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True))

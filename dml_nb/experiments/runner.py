@@ -101,7 +101,7 @@ def alone(self: Run, patience: float = 60): # seconds to wait for another proces
     try: self.lock.acquire(timeout=patience)
     except Timeout: raise ValueError(f"another process is working in {self.folder}: wait for it, or choose another folder.") from None
 
-# %% ../../nbs/61_runner.ipynb #3cf4193b
+# %% ../../nbs/61_runner.ipynb #b21622cd
 @patch
 def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkpoint if there is one
     "Build the Learner of the run."
@@ -117,7 +117,8 @@ def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkp
         model.to(memory_format=torch.channels_last)
         dls = image_dls(data, model.spec, s["batch_size"], self.seed, s["train_crop"], os.cpu_count() or 0, s.get("per_class"))
     loss = create_loss(s["loss"], num_classes=len(data.train.classes), embedding_size=s["embedding_size"], **s["params"])
-    if getattr(loss, "proxy_init", None) == "class_means": loss.init_from_class_means(embed(model, dls.train_plain, workers=dls.workers), dls.train_labels)
+    for part in loss.modules():
+        if getattr(part, "proxy_init", None) == "class_means": part.init_from_class_means(embed(model, dls.train_plain, workers=dls.workers), dls.train_labels)
     learn = dml_learner(dls, model, loss, s["lr"], s["head_lr"], s["proxy_lr_mult"], s["weight_decay"], s["warm_epochs"],
                         s["clip_value"], tuple(s["recall_at"]))
     resume(learn, self.folder/"checkpoint.pt", self.key)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'composite_similarity', 'entry_similarity', 'calibration', 'CalibrateProxyLoss', 'cp_proxy_anchor']
 
-# %% ../../nbs/37_losses.calibrate.ipynb #5e05d101
+# %% ../../nbs/37_losses.calibrate.ipynb #1abc15d3
 from typing import Callable
 
 import torch
@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 
-from .core import DMLLoss, check_at_least, check_whole, register
+from .core import DMLLoss, check_at_least, check_default, check_whole, register
 from .proxy import LARGEST, init_proxies, multi_proxy_similarity, proxy_anchor
 from ..memory import ClassQueues
-from ..similarity import check_embeddings, check_labels, unit, unknown
+from ..similarity import check_embeddings, check_labels, gather, unit, unknown
 
 # %% ../../nbs/37_losses.calibrate.ipynb #87d7ae0b
 class _Composite(torch.autograd.Function):
@@ -87,7 +87,7 @@ OPTIONS = dict(global_reduce=("mean", "softmax", "max"), combine=("sum", "averag
                calib_class=("sum", "mean", "batch"), calib_dim=("sum", "mean"), calib_target=("all", "mean_proxy", "nearest"),
                queue_dtype=("float32", "float16", "bfloat16"), proxy_init=("kaiming", "unit", "class_means"))
 
-# %% ../../nbs/37_losses.calibrate.ipynb #a22cc1d4
+# %% ../../nbs/37_losses.calibrate.ipynb #cc58b254
 class CalibrateProxyLoss(DMLLoss):
     "CP around a host loss: composite similarity and calibration with the global centre of each class."
     def __init__(self,
@@ -120,12 +120,24 @@ class CalibrateProxyLoss(DMLLoss):
         check_at_least(proxy_temp=(proxy_temp, 1e-4), calib_lambda=(calib_lambda, 0), center_weight=(center_weight, 0))
         for kind, options in OPTIONS.items():
             if getattr(self, kind) not in options: raise unknown(kind, getattr(self, kind), options)
+        self.check_idle()
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
-        self.exact_gradient = enqueue == "after" # else each call changes the queues, and the value with them
+        self.exact_gradient = enqueue == "after" # the batch's copy in its queue gets none
+        self.entered = False # whether the batch of this step is in the queues
         self.proxies = torch.nn.Parameter(unit(proxies.detach())) if proxy_init == "unit" else proxies
         self.global_center = ClassQueues(num_classes, embedding_size, capacity, getattr(torch, queue_dtype))
 
-# %% ../../nbs/37_losses.calibrate.ipynb #dd9112f5
+# %% ../../nbs/37_losses.calibrate.ipynb #98e5daa1
+@patch
+def check_idle(self: CalibrateProxyLoss):
+    "Raise `ValueError` for an option that has no effect beside the others."
+    if not isinstance(self.calib_normalise, bool): raise ValueError(f"calib_normalise must be True or False, got {self.calib_normalise!r}.")
+    if self.proxies_per_class == 1:
+        check_default("with one proxy a class", calib_target=(self.calib_target, "all"))
+        readings = (1., .1) # of the presets, which fit any number of proxies
+        if self.global_reduce != "softmax" and self.proxy_temp not in readings: check_default("with one proxy a class", proxy_temp=(self.proxy_temp, 1.))
+
+# %% ../../nbs/37_losses.calibrate.ipynb #44b35191
 @patch
 def similarity(self: CalibrateProxyLoss,
                unit_BD: Tensor, # (B, D) unit embeddings
@@ -160,11 +172,13 @@ def calibrate(self: CalibrateProxyLoss,
     if self.calib_class == "mean": total = total / counted_C.sum().clamp_min(1)
     return total if self.calib_dim == "sum" else total / w_CKD.shape[2]
 
-# %% ../../nbs/37_losses.calibrate.ipynb #668803b4
+# %% ../../nbs/37_losses.calibrate.ipynb #a028af80
 @patch
 def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "Eq. 6: the host loss on the composite similarity plus the weighted calibration."
-    if self.enqueue == "before" and self.training and torch.is_grad_enabled(): self._push(embeddings, labels)
+    if self.enqueue == "before" and not self.entered and self.training and torch.is_grad_enabled():
+        self._push(gather(embeddings.detach()), gather(labels))
+        self.entered = True
     proxies = self.proxies.to(embeddings.dtype)
     if self.epoch < self.start_epoch: value = self.host(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels)
     else: value = self._calibrated(embeddings, labels, proxies)
@@ -182,7 +196,7 @@ def _calibrated(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor, w_
     if self.calib_lambda == 0: return value
     return value + self.calib_lambda * self.calibrate(unit_CKD if self.calib_normalise else w_CKD, pull_CD, counted_C, product)
 
-# %% ../../nbs/37_losses.calibrate.ipynb #1dbbf785
+# %% ../../nbs/37_losses.calibrate.ipynb #e2b35cac
 @patch
 def _push(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor):
     if self.epoch >= self.fill_from: self.global_center.enqueue(embeddings, labels)
@@ -192,8 +206,9 @@ def remember(self: CalibrateProxyLoss,
              embeddings: Tensor, # (B, D) embeddings of the step just taken
              labels: Tensor, # (B,) class ids as given, noisy or not
             ):
-    "Push a batch into the queues; the training loop calls this after the optimiser step."
+    "Push a batch into the queues unless it is there; the training loop calls this after the optimiser step."
     if self.enqueue == "after": self._push(embeddings, labels)
+    self.entered = False
 
 # %% ../../nbs/37_losses.calibrate.ipynb #c82a8ae3
 @patch

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MemVirLoss']
 
-# %% ../../nbs/39b_losses.virtual.ipynb #82643980
+# %% ../../nbs/39b_losses.virtual.ipynb #207f3606
 import torch
 from torch import Tensor, nn
 from fastcore.basics import patch
 
 from .core import DMLLoss, check_whole, register
 from .hosts import PUBLISHED, HostedLoss
-from ..similarity import check_embeddings, check_labels, unit, unknown
+from ..similarity import check_embeddings, check_labels, own_share, unit, unknown
 
 # %% ../../nbs/39b_losses.virtual.ipynb #07200d84
 @register("memvir", proxy_nca=dict(host="proxy_nca", steps=20, gap=25), proxy_anchor=dict(host="proxy_anchor"))
@@ -50,12 +50,14 @@ def virtual(self: MemVirLoss,
     filled = labels >= 0
     return self.past_embeddings[slot][filled].to(dtype), (labels + k[:, None]*self.num_classes)[filled], self.past_proxies[slot].flatten(0, 1).to(dtype)
 
-# %% ../../nbs/39b_losses.virtual.ipynb #2fd1dcff
+# %% ../../nbs/39b_losses.virtual.ipynb #9ac897a9
 @patch
 def compute(self: MemVirLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "The host loss over real and virtual embeddings and classes."
     z_BD, w_CD = unit(embeddings), unit(self.proxies.to(embeddings.dtype))
     past_z, past_labels, past_w = self.virtual(embeddings.dtype)
+    mine = own_share(len(past_z)) # else virtual embeddings would weigh more the more processes there are
+    past_z, past_labels = past_z[mine], past_labels[mine]
     real = torch.cat([z_BD, past_z]) @ w_CD.T
     virtual = torch.cat([z_BD @ past_w.T, past_z @ past_w.T])
     return self.host(torch.cat([real, virtual], 1), torch.cat([labels, past_labels]))
