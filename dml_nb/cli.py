@@ -6,13 +6,12 @@
 __all__ = ['app', 'Out', 'Cpus', 'Gpus', 'Memory', 'fail', 'parse_settings', 'parse_seeds', 'rows', 'run', 'report', 'data',
            'quickstart', 'bench']
 
-# %% ../nbs/70_cli.ipynb #6a57b5df
+# %% ../nbs/70_cli.ipynb #f5de16c9
 import json
 import logging
 import subprocess
 import sys
 import warnings
-from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Optional
@@ -51,26 +50,37 @@ def parse_seeds(text: str, # "0,1,2"
     if not all(s.strip().isdecimal() for s in seeds): raise ValueError(f"--seeds wants whole numbers separated by commas, got {text!r}: for instance --seeds 0,1,2.")
     return [int(s) for s in seeds]
 
-# %% ../nbs/70_cli.ipynb #d2c98dba
+# %% ../nbs/70_cli.ipynb #1f6d8510
+def _listed(row) -> str:
+    "A row in two lines: what is claimed, and whether it can run."
+    from dml_nb.experiments.rows import missing
+    why, claimed = missing(row), "  ".join(f"{metric} {value}" for metric, value in row.claimed.items())
+    can = f"can run: {row.recipe['loss']} {row.recipe['params']}" if why is None else f"cannot run: {why}"
+    return f"{row.id:44} {row.method:28} {row.backbone or 'not stated':13} {claimed}".rstrip() + f"\n{'':44} {can}"
+
+def _counted(rows: list) -> str:
+    "How many rows, in the sources and here, and how many can run."
+    from dml_nb.experiments.rows import count_printed, missing
+    if not any(row.claimed for row in rows): return f"{len(rows)} losses by themselves, on {rows[0].dataset}: no source claims a value."
+    printed, whole, part = count_printed(rows)
+    return (f"{printed} rows in the sources, {sum(len(row.claimed) for row in rows)} values: {whole} can run here, "
+            f"{part} on some of their data sets, {printed - whole - part} not. By data set and noise: {len(rows)} rows, "
+            f"{sum(missing(row) is None for row in rows)} can run here. Claimed values are the papers', in percent.")
+
+# %% ../nbs/70_cli.ipynb #d99401ca
 Out = Annotated[Path, typer.Option(help="Top folder of results.")]
 
 @app.command(epilog="Example: dml_nb rows II; all about one row: dml_nb rows 002-II/cub-cp-pa-k-3")
-def rows(what: Annotated[Optional[str], typer.Argument(help="A table, such as II or 002-II, or the id of a row; none: all.")] = None):
+def rows(what: Annotated[Optional[str], typer.Argument(help="A table, such as II, 002-II or own; or a row, method or loss; none: all.")] = None):
     "List the rows of the sources' tables: claimed values, loss, and whether they can run here; explain one row."
     from dml_nb.experiments.explain import describe
-    from dml_nb.experiments.rows import all_rows, count_printed, missing
-    from dml_nb.similarity import unknown
-    known = all_rows()
-    if what in known: return typer.echo(describe(known[what]))
-    chosen = [row for row in known.values() if what is None or what.upper() in (row.table.upper(), row.table.split("-")[1].upper())]
-    if not chosen: fail(unknown("table or row", what, get_close_matches(what, known, n=6, cutoff=0) if "/" in what else sorted({row.table for row in known.values()})))
-    for row in chosen:
-        why = missing(row)
-        claimed = "  ".join(f"{metric} {value}" for metric, value in row.claimed.items())
-        typer.echo(f"{row.id:44} {row.method:28} {row.backbone or 'not stated':13} {claimed}\n{'':44} " + (f"can run: {row.recipe['loss']} {row.recipe['params']}" if why is None else f"cannot run: {why}"))
-    printed, whole, part = count_printed(chosen)
-    typer.echo(f"{printed} rows in the sources, {sum(len(row.claimed) for row in chosen)} values: {whole} can run here, {part} on some of their data sets, {printed - whole - part} not. "
-               f"By data set and noise: {len(chosen)} rows, {sum(missing(row) is None for row in chosen)} can run here. Claimed values are the papers', in percent.")
+    from dml_nb.experiments.rows import all_rows, find_rows, find_table
+    try:
+        if what is not None and find_table(what) is None: return typer.echo(describe(find_rows(what)[0]))
+        chosen = list(all_rows().values()) if what is None else find_rows(what)
+    except ValueError as e: fail(e)
+    for row in chosen: typer.echo(_listed(row))
+    typer.echo(_counted(chosen))
 
 # %% ../nbs/70_cli.ipynb #5e0d46de
 def _cluster(address, **options):
@@ -118,13 +128,14 @@ def run(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or
         if (folder/"run.ipynb").exists(): typer.echo(f"  {folder/'run.ipynb'}")
     if failed: raise typer.Exit(1)
 
-# %% ../nbs/70_cli.ipynb #f3f753ed
-@app.command(epilog="Example: dml_nb report II")
+# %% ../nbs/70_cli.ipynb #a284c537
+@app.command(epilog="Example: dml_nb report II; runs of two machines in one report: dml_nb report --runs runs --runs other/runs --out both")
 def report(table: Annotated[Optional[str], typer.Argument(help="A table, such as II; none: all.")] = None,
-           out: Out = Path("runs")):
-    "Print results beside the papers' claims, and write them as Markdown, CSV, HTML and a picture."
+           runs: Annotated[list[Path], typer.Option(help="Top folder of results; repeatable.")] = [Path("runs")],
+           out: Annotated[Optional[Path], typer.Option(help="Folder that receives the report; default: the first folder of results.")] = None):
+    "Print results beside the papers' claims, and write them as Markdown, CSV, HTML, LaTeX and pictures."
     from dml_nb.experiments.report import load_results, write_report
-    try: written = write_report(load_results(out, table), out, f"report-{table}" if table else "report")
+    try: written = write_report(load_results(runs, table), out or runs[0], f"report-{table}" if table else "report")
     except (ValueError, OSError) as e: fail(e)
     typer.echo(written[0].read_text())
     for path in written: typer.echo(f"written: {path}")
@@ -139,14 +150,14 @@ def data(name: Annotated[str, typer.Argument(help="Name of a data set, or a fold
     except (ValueError, OSError) as e: fail(e)
     typer.echo(f"{loaded}\n  checksum {loaded.checksum}")
 
-# %% ../nbs/70_cli.ipynb #4368b1da
+# %% ../nbs/70_cli.ipynb #cca7f90b
 @app.command(epilog="Example: dml_nb quickstart --out quickstart")
 def quickstart(out: Out = Path("quickstart"),
                epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3):
     "Train Proxy Anchor and CP + Proxy Anchor on glyphs and compare them."
     typer.echo("Two methods on glyphs, a small network trained from nothing, about a minute each on two cores.")
     run(["PA multi-proxy K=1 w/o CP", "CP + PA K=3"], dataset="glyphs", backbone="small_cnn", set=[f"epochs={epochs}"], out=out)
-    report(out=out)
+    report(runs=[out])
 
 # %% ../nbs/70_cli.ipynb #c3a8a94a
 @app.command(epilog="Example: dml_nb bench losses -- --losses circle triplet --batches 120",

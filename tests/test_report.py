@@ -14,28 +14,31 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dml_nb.experiments import compare
-from dml_nb.experiments.compare import CLAIMED, holm, paired, paired_tests, side_by_side
-from dml_nb.experiments.report import load_results, write_report
+from dml_nb.experiments.compare import CLAIMED, OWN, RANK, agreement, holm, paired, paired_tests, side_by_side, variant_tests
+from dml_nb.experiments.report import load_results, parts, styled, to_html, to_markdown, write_report
 from dml_nb.experiments.results import interval, runs_frame
-from dml_nb.experiments.rows import all_rows, missing, settings_for
+from dml_nb.experiments.rows import all_rows, missing, row_of, settings_for
 
 ROOT = Path(__file__).parents[1]
 FROZEN = dict(dataset="cub", backbone="efficientnet_lite0", regime="frozen")
+SECONDS = dict(train=1, evaluate=1, fit=2, notebook=3)
 
 
-def write_run(out: Path, row: str, seed: int = 0, r1: float = 0.55, version: str = "0.0.1", subfolder: str = "", **overrides) -> dict:
+def write_run(out: Path, row: str, seed: int = 0, r1: float = 0.55, version: str = "0.0.1", place: dict = FROZEN, own: bool = False, commit: str = "c1", **overrides) -> dict:
     "What a run leaves behind, without running."
-    row, settings = all_rows()[row], settings_for(all_rows()[row], **FROZEN, **overrides)
+    row = row_of(row)
+    settings = settings_for(row, **place, **overrides)
     start = settings["params"].get("start_epoch", 2)
     curve = pd.DataFrame({"epoch": range(settings["epochs"]), "train_loss": 5.0})
     curve["R@1"] = r1 - 0.02 * 0.5**curve.epoch + 0.003 * np.sin(seed + curve.epoch)
     curve["MAP@R"], curve["R@2"] = curve["R@1"] / 3, curve["R@1"] + 0.1
     curve["deviation"] = np.where(curve.epoch < start, 1.2, 1.8 - 0.9 * settings["params"].get("calib_lambda", 1)) + 0.01 * seed
     best = int(curve["R@1"].idxmax())
-    result = dict(row=row.id, method=row.method, table=row.table, seed=seed, settings=settings, claimed=row.claimed, own_setting=False, environment=dict(dml_nb=version, commit="c1"),
-                  best=curve.drop(columns="train_loss").loc[best].to_dict(), last=curve.drop(columns="train_loss").iloc[-1].to_dict(), data_checksum="d1", seconds={})
-    name = re.sub("[^a-z0-9]+", "-", f"{version}-{json.dumps(overrides)}".lower())
-    folder = out / subfolder / row.id / name / f"seed{seed}"
+    last = curve.drop(columns="train_loss").iloc[-1].to_dict()
+    result = dict(row=row.id, method=row.method, table=row.table, seed=seed, settings=settings, claimed=row.claimed, own_setting=own, last=last)
+    result |= dict(best=curve.drop(columns="train_loss").loc[best].to_dict(), data_checksum="d1", seconds=SECONDS, environment=dict(dml_nb=version, commit=commit))
+    name = re.sub("[^a-z0-9]+", "-", f"{version}-{json.dumps(place)}-{json.dumps(overrides)}".lower())
+    folder = out / row.id / name / f"seed{seed}"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
     curve.to_csv(folder / "history.csv", index=False)
@@ -46,13 +49,142 @@ def test_versions_are_never_in_one_mean_and_copies_count_once(tmp_path):
     for seed in range(2):
         write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, 0.5, version="0.0.1")
         write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, 0.6, version="0.0.2")
-        write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, 0.6, version="0.0.2", subfolder="copied/elsewhere")
-    results = load_results(tmp_path)
+        write_run(tmp_path / "copied" / "elsewhere", "002-II/cub-cp-pa-k-3", seed, 0.6, version="0.0.2")
+    results = load_results([tmp_path, tmp_path / "copied" / "elsewhere"])
     assert len(results) == 6
     frame = runs_frame(results).query("metric == 'R@1' and epoch == 'last'")
-    assert frame.groupby("variant").size().to_dict() == {"dml_nb 0.0.1": 2, "dml_nb 0.0.2": 2}
+    assert frame.groupby("variant").size().to_dict() == {"dml_nb 0.0.1": 2, "": 2}  # the newer version is the table's
     table = side_by_side(results)
-    assert table.index.get_level_values("changed").tolist() == ["dml_nb 0.0.1", "dml_nb 0.0.2"]
+    assert table.index.get_level_values("changed").tolist() == ["dml_nb 0.0.1", ""]
+
+
+def test_experiments_in_their_own_folders_stay_out_of_the_tables(tmp_path):
+    for seed in range(3):
+        for name, r1 in (("cp-pa-k-3", 0.56), ("cp-pa-k-2", 0.55), ("cp-pa-k-1", 0.54)):
+            write_run(tmp_path, f"002-II/cub-{name}", seed, r1)
+        for capacity in (1, 5, 60):
+            write_run(tmp_path / "settling", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
+            write_run(tmp_path / "figure4", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
+    assert len(load_results(tmp_path)) == 9 and len(load_results(tmp_path / "settling")) == 9
+    assert len(paired_tests(load_results(tmp_path))) == 3
+    (part,) = parts(load_results(tmp_path))
+    assert part.title == "002-II, cub, 512-d" and len(part.beside) == 3
+    both = parts(load_results([tmp_path, tmp_path / "settling"]))
+    assert [len(part.tests) for part in both] == [3, 3] and both[1].title == "Changed settings: 002-II, cub, 512-d"
+    assert both[0].beside.equals(part.beside), "ablations change nothing in the table: neither its lines nor its ranks"
+    with pytest.raises(ValueError, match="name that folder"):
+        load_results(tmp_path.parent)
+
+
+def test_changed_runs_have_a_family_of_their_own(tmp_path):
+    for seed in range(4):
+        for overrides, r1 in (({}, 0.55), (dict(capacity=5), 0.57), (dict(lr=0.01), 0.5)):
+            write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, r1 + 0.001 * seed * len(overrides), **overrides)
+        write_run(tmp_path, "002-II/cub-cp-pa-k-1", seed, 0.54 + 0.002 * (seed % 2))
+    results = load_results(tmp_path)
+    changed = variant_tests(results)
+    assert set(changed.b) == {"CP + PA K=3"} and len(changed) == 2
+    assert changed.holm.min() == pytest.approx(2 * changed.p_t.min())
+    tests = paired_tests(results)
+    assert len(tests) == 1 and tests.holm[0] == pytest.approx(tests.p_t[0])
+
+
+def test_sizes_are_neither_tested_nor_ranked_together(tmp_path):
+    for seed in range(3):
+        for name, r1 in (("proxy-nca", 0.7), ("n-pair", 0.6), ("proxy-anchor", 0.5), ("circle-loss", 0.4)):
+            write_run(tmp_path, f"002-IV/cub-{name}", seed, r1 + 0.001 * seed)
+    results = load_results(tmp_path)
+    tests = paired_tests(results)
+    assert len(tests) == 2 and {frozenset(pair) for pair in zip(tests.a, tests.b)} == {frozenset(("Proxy-NCA", "N-pair")), frozenset(("Proxy Anchor", "Circle loss"))}
+    beside = side_by_side(results)
+    ranks = beside.xs(RANK, axis=1, level=1).iloc[:, 0].droplevel(["claimed for", "changed"])
+    assert ranks.to_dict() == {
+        ("002-IV, cub, 64-d", "Proxy-NCA"): "1 (2)",
+        ("002-IV, cub, 64-d", "N-pair"): "2 (1)",
+        ("002-IV, cub, 512-d", "Proxy Anchor"): "1 (1)",
+        ("002-IV, cub, 512-d", "Circle loss"): "2 (2)",
+    }
+    assert set(agreement(results).section) == {"002-IV, cub, 64-d", "002-IV, cub, 512-d"}
+
+
+def test_bold_is_within_a_section_and_for_runs_after_the_recipe(tmp_path):
+    write_run(tmp_path, "002-IV/cub-proxy-anchor", 0, 0.6)
+    write_run(tmp_path, "002-IV/cub-circle-loss", 0, 0.53)
+    write_run(tmp_path, "002-IV/cub-circle-loss", 0, 0.9, lr=0.5)
+    write_run(tmp_path, "002-IV/cub-circle-loss", 0, 0.8, noise="20%")
+    write_run(tmp_path, "002-IV/cub-proxy-nca", 0, 0.4)
+    write_run(tmp_path, "002-IV/cub-n-pair", 0, 0.3)
+    results = load_results(tmp_path)
+    for result in results:  # Cars cannot run on this machine: as if these had
+        if result["row"] == "002-IV/cub-n-pair":
+            result.update(row="002-IV/cars-n-pair", method="N-pair on Cars", claimed=row_of("002-IV/cars-n-pair").claimed)
+    html = styled(side_by_side(results)).to_html()
+    ids = re.findall(r"#(\S+?)[,\s{]", "".join(re.findall(r"([^}]*)\{\s*font-weight: bold", html)))
+    bold = {re.search(rf'id="{id}"[^>]*>([^<]*)<', html)[1] for id in ids}
+    best = {f"{100 * r['best']['R@1']:.1f}" for r in results if r["method"] in ("Proxy Anchor", "Proxy-NCA", "N-pair on Cars")}
+    assert best <= bold and not bold & {f"{100 * r['best']['R@1']:.1f}" for r in results if r["method"] == "Circle loss"}
+
+
+def test_a_run_of_an_old_recipe_is_not_the_tables_setting(tmp_path):
+    place = dict(dataset="cub", backbone="bn_inception", regime="finetune")
+    write_run(tmp_path, "002-II/cub-cp-pa-k-3", 0, 0.69, place=place, own=True)
+    write_run(tmp_path, "002-II/cub-cp-pa-k-1", 0, 0.69, place=place, own=True, lr=0.5)
+    table = side_by_side(load_results(tmp_path))
+    assert table[OWN, "R@1 difference"].to_dict().keys() == {k for k in table.index}
+    by_method = table[OWN, "R@1 difference"].droplevel(["section", "claimed for", "changed"])
+    assert by_method["CP + PA K=1"] == "" and float(by_method["CP + PA K=3"]) == pytest.approx(-0.6, abs=0.5)
+    assert compare.numbers(load_results(tmp_path)).query("variant != ''").difference.isna().all()
+
+
+def test_two_seeds_have_no_p_value_and_still_count_in_the_family(tmp_path):
+    for name, seeds, r1 in (("cp-pa-k-1", 4, 0.5), ("cp-pa-k-2", 4, 0.52), ("cp-pa-k-3", 2, 0.56)):
+        for seed in range(seeds):
+            write_run(tmp_path, f"002-II/cub-{name}", seed, r1 + 0.002 * (seed * int(name[-1]) % 3))
+    tests = paired_tests(load_results(tmp_path))
+    assert tests.seeds.tolist() == [4, 2, 2] and tests.p_t.notna().tolist() == [True, False, False]
+    assert tests.holm[0] == pytest.approx(min(1, 3 * tests.p_t[0]))
+    assert "–" in to_markdown(load_results(tmp_path))
+
+
+def test_the_report_says_what_the_comparison_says_about_the_claimed_order(tmp_path):
+    order = ["circle-loss", "softtriple", "proxy-anchor", "cp-proxy-anchor-loss", "multi-similarity"]  # ours, worst first
+    for seed in range(3):
+        for i, name in enumerate(order):
+            write_run(tmp_path, f"002-IV/cub-{name}", seed, 0.5 + 0.02 * i, commit=f"c{seed}")
+        for i, name in enumerate(("pa-s-p", "pa-s-p-s-g")):
+            write_run(tmp_path, f"002-I/cub-{name}", seed, 0.5 + 0.02 * i)
+    results = load_results(tmp_path)
+    found = agreement(results).set_index("section")
+    ours = range(5)
+    claimed = [float(row_of(f"002-IV/cub-{name}").claimed["R@1"]) for name in order]
+    assert found.tau["002-IV, cub, 512-d"] == pytest.approx(stats.kendalltau(claimed, ours).statistic)
+    assert found.rho["002-IV, cub, 512-d"] == pytest.approx(stats.spearmanr(claimed, ours).statistic)
+    text = to_markdown(results)
+    assert "over 5 methods by R@1" in text and "2 methods by R@1, too few for a rank correlation; pairs in the claimed order: 1 of 1" in text
+    assert "3 commits, 0 of them with changes" in text and "5 lines with seeds of more than one commit" in text
+    html = to_html(results, {})
+    assert html.count("<tbody>") == 5 and "too few for a rank correlation" in html
+
+
+def test_losses_that_claim_nothing_are_ranked(tmp_path):
+    place = dict(dataset="glyphs", backbone="small_cnn", regime="finetune")
+    for seed in range(2):
+        for name, r1 in (("circle", 0.7), ("proxy-anchor", 0.8), ("contrastive", 0.6)):
+            write_run(tmp_path / "runs", f"own/{name}", seed, r1, place=place)
+    results = load_results(tmp_path / "runs", "own")
+    table = side_by_side(results)
+    assert CLAIMED not in table and not [c for c in table if "difference" in c[1]]
+    ranks = table.xs(RANK, axis=1, level=1).iloc[:, 0].droplevel(["section", "claimed for", "changed"])
+    assert ranks.to_dict() == {"circle": "2", "proxy_anchor": "1", "contrastive": "3"}
+    paths = write_report(results, tmp_path / "report")
+    assert "claimed |" not in paths[0].read_text() and agreement(results).empty and len(paths) > 5
+
+
+def test_every_metric_that_a_table_claims_is_shown(tmp_path):
+    write_run(tmp_path, "002-III/cub-cosface")
+    write_run(tmp_path, "002-IV/cub-proxy-anchor")
+    assert {c[1] for c in side_by_side(load_results(tmp_path, "III")) if c[0] == CLAIMED} == {"MAP@R"}
+    assert [c[1] for c in side_by_side(load_results(tmp_path, "IV")) if c[0] == CLAIMED] == ["R@1", "R@2"]  # R@4 and R@8 were not measured
 
 
 def test_every_row_keeps_its_claims_and_gets_no_difference_in_another_setting(tmp_path):
@@ -77,7 +209,7 @@ def test_holm_is_its_definition(p):
         assert corrected[i] == pytest.approx(min(1, max((len(p) - j) * p[order[j]] for j in range(rank + 1))))
 
 
-@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=3, max_size=8))
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=4, max_size=8))
 def test_paired_is_scipys_paired_t_test_over_common_seeds(pairs):
     a, b = (pd.Series([pair[i] for pair in pairs], dtype=float) for i in (0, 1))
     got = paired(a, b.drop(0))
@@ -104,6 +236,9 @@ def test_command_writes_every_form_and_names_bad_files(shell, tmp_path):
         write_run(tmp_path / "runs", "002-II/cub-pa-multi-proxy-k-3-without-cp", seed, 0.56)
     assert "other setting" in shell("report", "II")
     assert {p.suffix for p in (tmp_path / "runs").glob("report-II.*")} == {".md", ".csv", ".html", ".png", ".tex"}
+    assert "written" in shell("report", "--runs", tmp_path / "runs", "--runs", tmp_path / "runs", "--out", tmp_path / "both")
+    assert (tmp_path / "both" / "report.html").exists() and not (tmp_path / "runs" / "report.html").exists()
+    assert "use one of 000-T1, 001-T1" in shell("report", "T1", status=1)
     bad = tmp_path / "runs" / "bad" / "seed0" / "result.json"
     bad.parent.mkdir(parents=True)
     for text, word in (('{"row"', "is damaged"), ("[]", "is damaged"), (json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(environment=dict(dml_nb="99.0"))), "was written by dml_nb 99.0")):
@@ -123,10 +258,13 @@ def test_page_sorts_by_number_in_a_browser(tmp_path):
     text = page.read_text()
 
     def order(clicks: int) -> list[str]:
-        click = ";{const head = [...document.querySelector('table.sortable').tHead.rows].at(-1).cells; const i = [...head].findIndex(h => h.innerText.includes('R@1 last'));" + "head[i].click();" * clicks + "}"
+        find = "const head = [...document.querySelectorAll('table.sortable th')].find(h => h.innerText.includes('R@1 last'));"
+        click = ";{" + find + "head.click();" * clicks + "}"
         page.write_text(text.replace("</script>", click + "</script>"))
-        dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120).stdout
-        return re.findall(r"<td[^>]*>CP \+ PA (K=\d)</td>", dom.split("</table>")[0])
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom", page.as_uri()]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        table = next(part for part in dom.split("</table>") if "R@1 last" in part)
+        return re.findall(r"<td[^>]*>CP \+ PA (K=\d)</td>", table)
 
     assert order(0) == ["K=1", "K=2", "K=3"]
     assert order(1) == ["K=2", "K=3", "K=1"] # highest first; as text "9.1" would come first

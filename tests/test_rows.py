@@ -11,8 +11,24 @@ from hypothesis import strategies as st
 
 import dml_nb
 from dml_nb.experiments.explain import contradictions, describe, explain
-from dml_nb.experiments.rows import all_rows, count_printed, find_rows, layers, missing, recipes, rows_of, settings_for, slug
-from dml_nb.losses import list_losses
+from dml_nb.experiments import rows as rows_module
+from dml_nb.experiments.rows import (
+    all_rows,
+    check_keys,
+    count_printed,
+    find_rows,
+    find_table,
+    layers,
+    missing,
+    own_rows,
+    own_setting,
+    recipes,
+    row_of,
+    rows_of,
+    settings_for,
+    slug,
+)
+from dml_nb.losses import create_loss, list_losses
 
 FOLDER = Path(dml_nb.__file__).parent / "experiments"
 
@@ -24,7 +40,11 @@ def cells_of_file():
 
 def as_cells(rows):
     "What a registry says, in the terms of the file."
-    return Counter((row.table, row.dataset, row.backbone, row.embedding_size, row.method, row.noise, metric, value) for row in rows.values() for metric, value in row.claimed.items())
+    return Counter(
+        (row.table, row.dataset, row.backbone, row.embedding_size, row.method, row.noise, metric, value)
+        for row in rows.values()
+        for metric, value in row.claimed.items()
+    )
 
 
 def as_printed(lines):
@@ -53,7 +73,8 @@ def test_every_cell_stands_in_exactly_one_row_unchanged():
 def test_113_rows_are_printed_in_thirteen_tables():
     "The counts of METHODS, section 9."
     printed = {row.printed: row.table for row in all_rows().values()}
-    expected = {"000-T1": 12, "000-T2": 9, "000-T3": 6, "000-T4": 7, "000-T5": 6, "000-T6": 7, "001-T1": 7, "001-T2": 6, "002-I": 6, "002-II": 10, "002-III": 13, "002-IV": 13, "002-V": 11}
+    expected = {"000-T1": 12, "000-T2": 9, "000-T3": 6, "000-T4": 7, "000-T5": 6, "000-T6": 7, "001-T1": 7, "001-T2": 6}
+    expected |= {"002-I": 6, "002-II": 10, "002-III": 13, "002-IV": 13, "002-V": 11}
     assert Counter(printed.values()) == expected and len(printed) == 113 and len(expected) == 13
     whole, part = count_printed(all_rows().values())[1:]
     assert 0 < whole and whole + part < 113
@@ -139,7 +160,8 @@ def test_every_value_of_every_recipe_has_a_source():
 def test_what_no_source_states_is_a_guess():
     contrastive, cp = explain(find_rows("002-III/cub-contrastive")[0]), explain(find_rows("002-II/cub-cp-pa-k-3")[0])
     assert contrastive.loc[["lr", "epochs", "optimizer", "per_class"], "guess"].all() and not contrastive.loc["embedding_size", "guess"]
-    assert not cp.loc[["lr", "epochs", "batch_size", "optimizer", "loss.capacity"], "guess"].any() and cp.loc["schedule", "guess"]
+    stated = ["lr", "epochs", "batch_size", "train_crop", "crops", "optimizer", "loss.capacity", "loss.alpha"]
+    assert not cp.loc[stated, "guess"].any() and cp.loc[["schedule", "loss.calib_class", "loss.proxy_temp"], "guess"].all()
     unstated = explain(find_rows("001-T1/cub-margin")[0])
     assert unstated.loc[["backbone", "embedding_size"], "guess"].all()
 
@@ -168,7 +190,7 @@ def test_notes_name_rows_that_exist():
 
 def test_layers_name_settings_that_exist():
     row = find_rows("MS Loss")[0]
-    assert [name for name, _ in layers(row, "cub", "bn_inception", "finetune")] == ["finetune", "method", "method/finetune", "loss"]
+    assert [name for name, _ in layers(row, "cub", "bn_inception", "finetune")] == ["finetune", "method", "training", "loss"]
     assert layers(find_rows("Proxy Anchor")[0], "glyphs", "small_cnn", "finetune")[-2][0] == "finetune/glyphs/small_cnn/proxy_anchor"
 
 
@@ -189,12 +211,182 @@ def test_a_row_needs_no_code(tmp_path):
         (["rows", "002-V"], "By data set and noise: 66 rows"),
         (["rows", "002-II/cub-cp-pa-k-3"], "CP Eqs. 2-7"),
         (["rows", "001-T1/cub-htl"], "the class tree, rebuilt every epoch"),
+        (["rows", "own/circle"], "claimed     nothing"),
+        (["rows", "multi_similarity"], "none: a loss by itself"),
+        (["rows", "own"], "losses by themselves, on glyphs: no source claims a value"),
     ],
 )
 def test_rows_are_listed_counted_and_explained(shell, args, message):
     assert message in shell(*args)
 
 
-@pytest.mark.parametrize("args, message", [(["rows", "002-VII"], "did you mean '002-II'"), (["rows", "002-II/cub-cp-pa-k-9"], "did you mean '002-II/cub-cp-pa-k-")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["rows", "002-VII"], "did you mean '002-II'"),
+        (["rows", "002-II/cub-cp-pa-k-9"], "did you mean '002-II/cub-cp-pa-k-"),
+        (["rows", "own/circel"], "did you mean 'own/circle'"),
+        (["rows", "T1"], "exists in several sources: use one of 000-T1, 001-T1"),
+        (["run", "T1"], "exists in several sources: use one of 000-T1, 001-T1"),
+        (["rows", "MCL"], "only with label noise"),
+        (["rows", "center"], "is no loss by itself"),
+    ],
+)
 def test_an_unknown_row_or_table_names_the_nearest(shell, args, message):
     assert message in shell(*args, status=1)
+
+
+@pytest.mark.parametrize("method, loss", [("MCL", "mcl"), ("MCL+PRISM", "prism"), ("CP + NCA", "cp_proxy_nca")])
+def test_a_method_with_label_noise_only_says_so(method, loss):
+    with pytest.raises(ValueError, match="only with label noise: name such a row, 002-V/") as e:
+        find_rows(method)
+    assert f"or its loss by itself, {loss}." in str(e.value) and find_rows(loss) == [row_of(f"own/{slug(loss)}")]
+
+
+def test_a_table_is_found_with_and_without_its_source():
+    assert all(find_table(row.table) == row.table for row in all_rows().values())
+    assert (find_table("v"), find_table("own"), find_table("Proxy Anchor"), find_table("T1", {"001-T1", "002-I"})) == ("002-V", "own", None, "001-T1")
+
+
+def test_every_loss_is_a_row_by_itself():
+    rows = own_rows()
+    assert {row.method for row in rows.values()} | {"adversarial", "center"} == set(list_losses()) and len(all_rows()) == 243
+    assert not set(rows) & set(all_rows())
+    for id, row in rows.items():
+        assert row_of(id) is row and find_rows(id) == find_rows(row.method) == [row]
+        assert (missing(row), row.claimed, row.dataset, row.backbone, row.embedding_size) == (None, {}, "glyphs", "small_cnn", 512)
+        settings = settings_for(row)
+        assert not own_setting(row, settings) and row.recipe["names"][0] and settings["loss"] == row.method
+        assert explain(row).source.str.len().min() > 3 and contradictions(row) == [] and row.notes == []
+        create_loss(row.method, num_classes=1087, embedding_size=512, **settings["params"])
+    assert find_rows("own") == list(rows.values()) == find_rows("own", "cub")
+
+
+def test_a_name_of_the_sources_is_not_taken_by_a_loss():
+    for row in all_rows().values():
+        if row.recipe and any(other.noise == "none" and other.method == row.method for other in all_rows().values()):
+            assert find_rows(row.method)[0].table != "own"
+
+
+def test_row_of_names_the_nearest():
+    assert row_of("002-II/cub-cp-pa-k-3") is all_rows()["002-II/cub-cp-pa-k-3"]
+    with pytest.raises(ValueError, match="did you mean '002-II/cub-cp-pa-k-3'"):
+        row_of("002-II/cub-cp-pa-k3")
+
+
+def test_on_glyphs_all_methods_train_alike():
+    plain = settings_for(row_of("own/norm-softmax"))
+    for row in [*all_rows().values(), *own_rows().values()]:
+        if missing(row, "glyphs", "small_cnn") is None and row.noise == "none":
+            settings = settings_for(row, "glyphs", "small_cnn", embedding_size=512)
+            different = {key for key in settings if settings[key] != plain.get(key)}
+            assert different <= {"loss", "params", "per_class"} and settings.get("per_class") in (None, 5)
+
+
+@pytest.fixture
+def with_all_data(monkeypatch):
+    "As if readers for all benchmarks existed."
+    from dml_nb.data import list_datasets
+
+    monkeypatch.setattr(rows_module, "list_datasets", lambda: [*list_datasets(), "cars", "sop", "inshop"])
+
+
+@pytest.mark.parametrize(
+    "id, expected",
+    [
+        ("002-IV/sop-multi-similarity", dict(lr=3e-5, gamma=0.1, frozen_bn=True, step_epochs=16, beta=40.0, recall_at=[1, 10, 100, 1000])),
+        ("002-IV/cars-multi-similarity", dict(lr=3e-5, gamma=0.1, step_epochs=16)),
+        ("002-IV/sop-softtriple", dict(lr=1e-4, proxies_per_class=2, gamma=0.1, step_epochs=20, frozen_bn=True)),
+        ("002-IV/cub-softtriple", dict(lr=1e-4, proxies_per_class="unset")),
+        ("002-IV/sop-proxy-anchor", dict(lr=6e-4, gamma=0.25, step_epochs=20, frozen_bn=False, train_crop="rrc")),
+        ("002-IV/sop-cp-proxy-anchor-loss", dict(lr=1e-4, gamma=0.25, frozen_bn=False, train_crop="resize", proxies_per_class=3)),
+        ("002-IV/sop-proxy-nca", dict(scale_x=1.0, scale_p=8.0)),
+        ("002-III/sop-cont-xbm", dict(memory_size=55000)),
+        ("001-T2/inshop-margin", dict(recall_at=[1, 10, 20, 30, 40, 50], lr=6e-4, per_class=5)),
+    ],
+)
+def test_a_source_own_training_wins_over_what_proxy_anchor_wants_of_a_data_set(with_all_data, id, expected):
+    settings = settings_for(row_of(id))
+    found = settings | settings["params"]
+    assert {key: found.get(key, "unset") for key in expected} == expected
+
+
+def test_what_proxy_anchor_says_of_a_data_set_is_a_guess_for_others(with_all_data):
+    margin, proxy_anchor = explain(row_of("001-T2/sop-margin")), explain(row_of("002-III/sop-proxy-anchor"))
+    assert margin.loc[["lr", "gamma", "frozen_bn"], "guess"].all() and not margin.loc["recall_at", "guess"]
+    assert not proxy_anchor.loc[["lr", "gamma", "frozen_bn"], "guess"].any()
+    softtriple = explain(row_of("002-IV/sop-softtriple"))
+    assert softtriple.source["lr"].startswith("guess: as on cub and cars") and "2 on SOP" in softtriple.source["loss.proxies_per_class"]
+
+
+def test_cbml_trains_as_its_source_does():
+    tables = dict(T1="googlenet", T2="bn-inception", T3="resnet50")
+    rows = {backbone: settings_for(row_of(f"000-{table}/cub-cbml-log-{backbone}")) for table, backbone in tables.items()}
+    assert {backbone: s["pool"] for backbone, s in rows.items()} == {"googlenet": "avg", "bn-inception": "max", "resnet50": "avg"}
+    for s in rows.values():  # the rate is lowered once
+        assert len(s["step_epochs"]) == 1 and 0 < s["step_epochs"][0] < s["epochs"]
+    for name in ("000-T1/cub-cbml-log-googlenet", "000-T2/cub-cbml-log-bn-inception"):
+        assert not explain(row_of(name)).loc[["pool", "step_epochs"], "guess"].any()
+
+
+def test_what_an_account_states_is_what_is_run():
+    "A setting that a training account cites is set by it; what it does not set is a guess or no setting."
+    words = {"*", "finetune", "only", "optimizer", "sampler", "crops", "per_class", "start_fraction"}
+    for name, account in recipes()["training"].items():
+        values = {key for part in account.get("finetune", {}).values() for key in part}
+        for key, text in account.items():
+            plain = key.split(" on ")[0].removeprefix("loss.")
+            assert key in words or plain in values or text.startswith("guess"), (name, key)
+        assert values <= {key.removeprefix("loss.") for key in account}, name
+
+
+def test_every_stated_default_is_a_parameter_of_its_loss():
+    for loss, stated in recipes()["parameters"].items():
+        if "*" not in loss:
+            assert loss in list_losses() and set(stated) <= set(rows_module.loss_defaults(loss)), loss
+
+
+def test_guesses_are_marked_for_parameters_of_the_loss():
+    guessed = {id: explain(row_of(id)).query("guess").index for id in ("own/triplet", "own/hpl", "own/smooth-proxy-anchor", "own/circle")}
+    assert "loss.reduction" in guessed["own/triplet"] and "loss.margin" not in guessed["own/triplet"]
+    assert {"loss.levels", "loss.coarse_weight"} <= set(guessed["own/hpl"]) and "loss.conf_beta" in guessed["own/smooth-proxy-anchor"]
+    assert not [name for name in guessed["own/circle"] if name.startswith("loss.")]
+
+
+def test_a_preset_counts_as_its_values():
+    frame = explain(find_rows("PS + PA")[0])
+    assert frame.value["loss.host"] == "proxy_anchor" and frame.source["loss.host"] == "METHODS 6.5"
+
+
+def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
+    table = find_rows("II", "cub")
+    apart = "but not of proxy_anchor: run these rows apart"
+    for key, message in [("capcity", "did you mean 'capacity'"), ("capacity", apart), ("loss", "unknown setting 'loss'")]:
+        with pytest.raises(ValueError, match=message):
+            check_keys(table, [key])
+    check_keys([*table, row_of("001-T1/cub-htl")], ["epochs", "loss.alpha", "noise"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(recall_at=5), "recall_at must be a list of whole numbers, got 5"),
+        (dict(recall_at=["1"]), "recall_at must be a whole number, got '1'"),
+        (dict(epochs=2.5), "epochs must be a whole number, got 2.5"),
+        (dict(epochs="many"), "epochs must be a whole number, got 'many'"),
+        (dict(batch_size=None), "batch_size must be a whole number, got None"),
+        (dict(lr=None), "lr must be a number, got None"),
+        (dict(clip_value="x"), "clip_value must be a number"),
+        (dict(holdout=-1), "holdout must be at least 0"),
+        (dict(layer_norm=1), "layer_norm must be true or false"),
+        (dict(pool=["max"]), "unknown pool"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(wrong, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        settings_for(row_of("own/cp-proxy-anchor"), **wrong)
+
+
+def test_a_data_set_without_a_reader_says_what_can_be_given(shell):
+    output = shell("run", "II", "--dataset", "cars", status=1)
+    assert "'cars' is not available" in output and "Readers exist for" in output and "glyphs" in output and "--dataset PATH" in output

@@ -46,13 +46,20 @@ def plan(rows: list[Row], # what to run
         for seed in seeds: jobs.setdefault(identity(settings, seed), []).append((row, settings, seed, asked, data[kind]))
     return [Job(tuple(dict.fromkeys(row for row, *_ in same)), *same[0][1:]) for same in jobs.values()]
 
-# %% ../../nbs/62_batch.ipynb #14218313
+# %% ../../nbs/62_batch.ipynb #974ffb90
 def _say(text: str): print(text, end=" ", flush=True)
 
 def _aside(folder: Path, why: str, say: Callable[[str], object]):
     "Let a result no longer count, and say why."
     say(f"{why} Set aside as {folder.name}/result.stale.json; the row is run again.")
     os.replace(folder/"result.json", folder/"result.stale.json")
+
+def _origin(folder: Path, result: dict, out: Path) -> Path:
+    "Where a shared result was computed, unless that one was lost since."
+    origin = out/result.get("shared_with", folder)
+    try: read_result(origin/"result.json")
+    except ValueError: return folder
+    return origin
 
 def _finished(job: Job, out: Path, say=_say) -> Path | None: # folder of the computation, under whichever row
     "A result of this job that still counts; those that do not are set aside."
@@ -64,7 +71,7 @@ def _finished(job: Job, out: Path, say=_say) -> Path | None: # folder of the com
         except Damaged as e: _aside(folder, str(e), say)
         else:
             if why := why_stale(result, job.checksum): _aside(folder, f"the result of {row.id}, seed {job.seed}, does not count any more: {why}.", say)
-            else: good += [origin for origin in (out/result.get("shared_with", folder), folder) if (origin/"result.json").exists()]
+            else: good.append(_origin(folder, result, out))
     return good[0] if good else find_same(out, job.settings, job.seed, job.checksum)
 
 # %% ../../nbs/62_batch.ipynb #a218d457
@@ -105,12 +112,13 @@ def _alone(out: Path, job: Job, say: Callable[[str], object]):
     try: yield
     finally: lock.release()
 
-# %% ../../nbs/62_batch.ipynb #d87c81b5
+# %% ../../nbs/62_batch.ipynb #ede82d07
 def _one_by_one(jobs: list[Job], out: Path, retries: int) -> Iterator[tuple[int, object]]: # (job, where it started, its outcomes or failure)
     for i, job in enumerate(jobs):
         yield i, ""
         try: yield i, execute(job, out, retries)
         except RunFailed as e: yield i, e
+        except ValueError as e: yield i, RunFailed(f"{job.rows[0].id}, seed {job.seed}: {e}") # such as a result of a newer version
 
 def _line(outcome: Outcome) -> str:
     result = read_result(outcome.folder/"result.json")
@@ -133,7 +141,7 @@ def _follow(jobs: list[Job], events: Iterator[tuple[int, object]], inline: bool)
             elif isinstance(what, list): done += what
     return done, failed
 
-# %% ../../nbs/62_batch.ipynb #7a9f6edc
+# %% ../../nbs/62_batch.ipynb #cd14e52e
 def execute_all(rows: list[Row], # what to run
                 seeds: list[int], # each row with each seed
                 out: str | Path = "runs", # top folder of results
@@ -151,8 +159,8 @@ def execute_all(rows: list[Row], # what to run
     for row in rows:
         if row not in able: print(f"left out: {row.id}: {missing(row, dataset, backbone)}")
     jobs = plan(able, seeds, dataset, backbone, regime, **overrides)
-    for job in jobs:
-        for text in stale_runs(out, job.rows[0], job.settings, job.seed, job.asked): print(f"stale: {text}")
+    for job, row in ((job, row) for job in jobs for row in job.rows):
+        for text in stale_runs(out, row, job.settings, job.seed, job.asked): print(f"stale: {text}")
     print(cost(jobs, out, measure), flush=True)
     try: done, failed = _follow(jobs, cluster.run(jobs, out, retries) if cluster else _one_by_one(jobs, out, retries), inline=cluster is None)
     except KeyboardInterrupt:

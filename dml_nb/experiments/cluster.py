@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_address', 'connected', 'Cluster']
 
-# %% ../../nbs/62a_cluster.ipynb #cebaa054
+# %% ../../nbs/62a_cluster.ipynb #26c1f0e1
 import os
 import shutil
 import socket
@@ -20,7 +20,8 @@ from tempfile import NamedTemporaryFile, mkdtemp
 from fastcore.basics import patch
 
 from .batch import execute
-from .job import Job, RunFailed
+from .job import Job, RunFailed, write_failure
+from .records import run_folder
 
 # %% ../../nbs/62a_cluster.ipynb #604fcbf5
 def _ray():
@@ -67,7 +68,7 @@ def _connect(ray, address: str, patience: float, options: dict):
     if done.returncode: raise ValueError(f"the cluster at {address} cannot be used from here: {(done.stderr.strip().splitlines() or ['it closed the connection'])[-1]}")
     ray.init(address, **options)
 
-# %% ../../nbs/62a_cluster.ipynb #42e57430
+# %% ../../nbs/62a_cluster.ipynb #4481c79a
 def _work(number: int, job: Job, out: str, token: str, retries: int, environment: dict, board):
     "What a worker does: say where it is, check that it sees the results, run the job."
     where = f"{socket.gethostname()} (process {os.getpid()})"
@@ -76,6 +77,7 @@ def _work(number: int, job: Job, out: str, token: str, retries: int, environment
     os.environ |= environment
     try: return execute(job, out, retries, lambda text: board.tell.remote(number, where, text))
     except RunFailed as e: return str(e)
+    except ValueError as e: return f"{job.rows[0].id}, seed {job.seed}: {e}"
 
 class _Board:
     "What workers told, in order."
@@ -102,7 +104,7 @@ class Cluster:
             raise ValueError(f"no machine of the cluster has {self.num_cpus:g} CPUs, {gpus:g} GPUs and {self.memory or 0:g} GiB for a row: ask for less with --num-cpus, --num-gpus or --memory.")
         return dict(num_cpus=self.num_cpus, num_gpus=gpus) | (dict(memory=int(needs["memory"])) if self.memory else {})
 
-# %% ../../nbs/62a_cluster.ipynb #d882b45d
+# %% ../../nbs/62a_cluster.ipynb #94116acd
 @patch
 def run(self: Cluster,
         jobs: list[Job], # from `plan`
@@ -117,11 +119,17 @@ def run(self: Cluster,
         board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         task = ray.remote(_work).options(max_retries=retries, **self._needs(ray))
         pending = {task.remote(i, job, str(out), Path(token.name).name, retries, passed, board): i for i, job in enumerate(jobs)}
-        try: yield from _watch(ray, jobs, pending, board)
+        try: yield from _watch(ray, jobs, out, pending, board)
         finally: _cancel(ray, list(pending))
 
-# %% ../../nbs/62a_cluster.ipynb #ee328465
-def _watch(ray, jobs: list[Job], pending: dict, board) -> Iterator[tuple[int, object]]:
+# %% ../../nbs/62a_cluster.ipynb #9f883c8e
+def _lost(job: Job, out: Path, error: Exception) -> RunFailed:
+    "Write down that the worker of a job did not come back."
+    folder = run_folder(out, job.rows[0], job.settings, job.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_failure(job, job.rows[0], folder, RunFailed(f"its worker was lost too often ({type(error).__name__})"))
+
+def _watch(ray, jobs: list[Job], out: Path, pending: dict, board) -> Iterator[tuple[int, object]]:
     "Tell what happens until nothing is pending."
     begun = {}
     while pending:
@@ -133,7 +141,7 @@ def _watch(ray, jobs: list[Job], pending: dict, board) -> Iterator[tuple[int, ob
             i = pending.pop(ref)
             try: what = ray.get(ref)
             except ray.exceptions.RayTaskError as e: raise e.cause if isinstance(e.cause, (OSError, ValueError)) else e # words for people
-            except ray.exceptions.RayError as e: what = f"{jobs[i].rows[0].id}, seed {jobs[i].seed}: its worker was lost too often ({type(e).__name__})."
+            except ray.exceptions.RayError as e: what = str(_lost(jobs[i], out, e))
             yield i, RunFailed(what) if isinstance(what, str) else what
 
 def _cancel(ray, pending: list):

@@ -36,14 +36,15 @@ def earlier(out: str | Path, # top folder of results
     besides = [r["seconds"]["notebook"] - r["seconds"]["fit"] for r in found]
     return median(epoch), median(besides), len(found)
 
-# %% ../../nbs/61b_cost.ipynb #8ca70607
+# %% ../../nbs/61b_cost.ipynb #82b0be9b
 def _each(loader, step, batches: int) -> float: # seconds
     "Time that `step` takes for one batch of a loader."
-    ends = []
+    times = [perf_counter()]
     for batch in islice(loader, batches + 1):
         step(*batch)
-        ends.append(perf_counter())
-    return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+        times.append(perf_counter())
+    first = 1 if len(times) > 2 else 0 # a single batch has to do
+    return (times[-1] - times[first]) / max(1, len(times) - 1 - first)
 
 def measured(row: str, # id of a row
              settings: dict, # of its run
@@ -53,17 +54,19 @@ def measured(row: str, # id of a row
     with TemporaryDirectory() as folder: learn = Run(row, settings, 0, folder).learner()
     device, dls = default_device(), learn.dls
     model, loss = learn.model.to(device), learn.loss_func.to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0)
     set_epoch(dls.train, 0)
     def train(x, y):
         value = loss(model(x.to(device)), y.to(device))
         value.backward()
+        optimizer.step()
         value.item() # waits for a GPU
     @torch.inference_mode()
     def embed(x): model(x.to(device)).sum().item()
     seen = len(dls.test_labels) + (len(dls.train_labels) if hasattr(loss, "proxies") else 0) # the deviation needs the training images too
     return _each(dls.train, train, batches)*len(dls.train) + _each(dls.valid, embed, batches)*len(dls.valid)*seen/len(dls.test_labels)
 
-# %% ../../nbs/61b_cost.ipynb #e2518467
+# %% ../../nbs/61b_cost.ipynb #a4903cbc
 def duration(seconds: float) -> str: # "3 min"
     "A time in the unit that a person would use."
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
@@ -82,7 +85,9 @@ def cost(jobs: list, # from `plan`
     for (dataset, backbone, regime, loss, epochs, _), same in kinds.items():
         known = earlier(out, same[0].settings)
         if known: epoch, besides, how = known[0], known[1], f"{known[2]} earlier runs"
-        elif measure: epoch, besides, how = measured(same[0].rows[0].id, same[0].settings), 0., "a few batches, timed now"
+        elif measure:
+            print(f"  timing a few batches of {loss} on {dataset}, {backbone}, {regime} ...", flush=True)
+            epoch, besides, how = measured(same[0].rows[0].id, same[0].settings), 0., "a few batches, timed now"
         else:
             unknown += len(same)
             continue

@@ -5,45 +5,99 @@
 # %% auto #0
 __all__ = ['explain', 'contradictions', 'describe']
 
-# %% ../../nbs/60a_explain.ipynb #b1e861fb
-from inspect import signature
+# %% ../../nbs/60a_explain.ipynb #dd79ba59
+from fnmatch import fnmatch
 
 import pandas as pd
 
-from .rows import Row, all_rows, layers, missing, recipes, settings_for
-from ..losses import core
+from .rows import Row, all_rows, layers, loss_defaults, missing, recipes, settings_for, training_of
+from ..losses.core import list_presets
 
-# %% ../../nbs/60a_explain.ipynb #13765c68
-def _layer_source(row: Row, layer: str, key: str) -> str:
-    known = recipes()
-    training = known["training"].get(row.recipe.get("training"), {})
-    if layer == "loss": return row.recipe["source"]
-    elsewhere = "" if row.dataset in training.get("only", [row.dataset]) else "guess: as on " + " and ".join(training["only"]) + ": "
-    if layer.startswith("method"): return elsewhere + training.get(key, row.recipe["source"])
+# %% ../../nbs/60a_explain.ipynb #02280142
+def _elsewhere(row: Row, dataset: str, text: str) -> str:
+    "What is stated of other data sets only is a guess here."
+    only = training_of(row).get("only", [dataset])
+    return text if dataset in only else f"guess: as on {' and '.join(only)}: {text.removeprefix('guess: ')}"
+
+def _training_source(row: Row, dataset: str, layer: str, key: str) -> str:
+    training = training_of(row)
+    names = (f"{key} on {layer.removeprefix('training on ')}", key, f"loss.{key}")
+    return _elsewhere(row, dataset, next(training[name] for name in names if name in training))
+
+# %% ../../nbs/60a_explain.ipynb #2cc20fc6
+def _common_source(row: Row, dataset: str, layer: str, key: str) -> str:
+    "Of a value that all methods share unless they have an account of their own."
+    known, training = recipes(), training_of(row)
+    if dataset in known["alike"] and f"{layer}/{dataset}" in known["sources"]: layer = f"{layer}/{dataset}"
     sources = known["sources"].get(layer, known["sources"]["search"])
     text = sources.get(key, sources["*"])
-    if layer != "finetune" or key in ("recall_at", "holdout"): return text
-    return elsewhere + training[key] if key in training else ": ".join(filter(None, (training.get("*"), text)))
+    if not layer.startswith("finetune") or key in ("recall_at", "holdout") or dataset in known["alike"]: return text
+    if key in training and layer == "finetune": return _elsewhere(row, dataset, training[key])
+    return ": ".join(filter(None, (training.get("*"), text)))
 
+# %% ../../nbs/60a_explain.ipynb #c0114929
+def _layer_source(row: Row, dataset: str, layer: str, key: str) -> str:
+    "The source of a value of a layer."
+    if layer == "loss": return row.recipe["source"]
+    if layer.startswith("loss on"): return row.recipe["on"][dataset]["source"]
+    if layer.startswith("training"): return _training_source(row, dataset, layer, key)
+    if layer == "method": return _elsewhere(row, dataset, training_of(row).get(key, row.recipe["source"]))
+    return _common_source(row, dataset, layer, key)
+
+# %% ../../nbs/60a_explain.ipynb #a2e464ff
 def _last_layer(row: Row, settings: dict) -> dict[str, str]: # setting -> layer that sets it
     found = {}
     for name, values in layers(row, settings["dataset"], settings["backbone"], settings["regime"]): found |= dict.fromkeys(values, name)
     return found
 
-# %% ../../nbs/60a_explain.ipynb #1ad54346
+# %% ../../nbs/60a_explain.ipynb #9ff9e93a
+def _default_source(loss: str, key: str) -> str:
+    "Where a parameter of a loss that no recipe sets has its value from."
+    stated = [entry[key] for pattern, entry in recipes()["parameters"].items() if fnmatch(loss, pattern) and key in entry]
+    return stated[0] if stated else "guess: default of the loss (its notebook)"
+
+# %% ../../nbs/60a_explain.ipynb #ca04f4c0
 def _derived(row: Row, settings: dict) -> dict[str, str]: # setting -> source
     "Values that follow from the row or from other values rather than from a layer."
-    same = lambda key, own: f"{row.table}" if settings[key] == own else "asked for"
-    out = dict(dataset=same("dataset", row.dataset), loss=row.recipe["source"], regime="asked for, or the papers'",
-               backbone="guess: not stated by the source" if row.backbone is None else same("backbone", row.backbone),
-               embedding_size="guess: not stated by the source" if row.embedding_size is None else same("embedding_size", row.embedding_size))
+    def of_row(key):
+        if (stated := getattr(row, key)) is None: return "guess: not stated by the source"
+        return "asked for" if settings[key] != stated else "ours: no table has it" if row.table == "own" else row.table
+    out = {key: of_row(key) for key in ("dataset", "backbone", "embedding_size")}
+    out |= dict(loss=row.recipe["source"], regime="asked for, or the papers'")
     if "noise" in settings: out["noise"] = row.table if row.noise != "none" else "asked for"
     if "noise_rate" in settings["params"]: out["loss.noise_rate"] = "the rate of the row: the method is told it"
-    share = _last_layer(row, settings).get("start_fraction")
-    if "start_epoch" in settings["params"]: out["loss.start_epoch"] = _layer_source(row, share, "start_fraction") if share else "CP: epoch 12 of 60, kept at the same fifth"
+    if "start_epoch" in settings["params"]:
+        layer = _last_layer(row, settings).get("start_fraction")
+        fifth = "CP: epoch 12 of 60, kept at the same fifth"
+        out["loss.start_epoch"] = _layer_source(row, settings["dataset"], layer, "start_fraction") if layer else fifth
     return out
 
-# %% ../../nbs/60a_explain.ipynb #06def79f
+# %% ../../nbs/60a_explain.ipynb #633d19ca
+def _values(settings: dict) -> dict: # "loss.alpha" -> value
+    "All settings, and all parameters of the loss, those of its preset and its defaults included."
+    loss, given = settings["loss"], settings["params"]
+    params = loss_defaults(loss) | list_presets(loss).get(given.get("preset"), {}) | given
+    return {k: v for k, v in settings.items() if k != "params"} | {f"loss.{k}": v for k, v in params.items()}
+
+# %% ../../nbs/60a_explain.ipynb #9f11b190
+def _source(row: Row, settings: dict, name: str, layer: dict[str, str]) -> str: # layer: setting -> layer that sets it
+    "The source of one value that was neither asked for nor derived."
+    key, loss, given = name.removeprefix("loss."), settings["loss"], settings["params"]
+    if name == key or key in given: return _layer_source(row, settings["dataset"], layer[key], key)
+    if key in list_presets(loss).get(given.get("preset"), {}): return _layer_source(row, settings["dataset"], layer["preset"], "preset")
+    return _default_source(loss, key)
+
+# %% ../../nbs/60a_explain.ipynb #c6357b50
+def _spelt_out(settings: dict) -> dict[str, str]:
+    "Optimiser, sampler and crops in words."
+    k, train = settings.get("per_class"), dict(rrc="random resized crop", resize="resize, random crop")[settings["train_crop"]]
+    crops = f"training: {train} and flip; test: resize, centre crop"
+    if settings["regime"] == "frozen": crops = "one centre crop, features computed once"
+    elif settings["dataset"] == "glyphs" and settings["backbone"] == "small_cnn": crops = "training: shifted by a few pixels; test: as it is"
+    sampler = "random, last batch dropped" if k is None else f"{settings['batch_size']//k} classes of {k} images"
+    return recipes()["fixed"] | dict(sampler=sampler, crops=crops)
+
+# %% ../../nbs/60a_explain.ipynb #a22a66a3
 def explain(row: Row, # with a recipe
             dataset: str | None = None, # None: the row's own
             backbone: str | None = None, # None: the row's own
@@ -52,31 +106,14 @@ def explain(row: Row, # with a recipe
            ) -> pd.DataFrame: # setting x (value, source, guess)
     "Every value of a run with its source."
     settings = settings_for(row, dataset, backbone, regime, **overrides)
-    layer, derived, lines = _last_layer(row, settings), _derived(row, settings), []
-    training = recipes()["training"].get(row.recipe.get("training"), {})
-    defaults = {k: p.default for k, p in signature(core._registry[settings["loss"]]).parameters.items() if k not in ("num_classes", "embedding_size")}
-    values = {k: v for k, v in settings.items() if k != "params"} | {f"loss.{k}": v for k, v in (defaults | settings["params"]).items()}
-    for name, value in values.items():
-        key = name.removeprefix("loss.")
-        if key in overrides or name in overrides: source = "asked for"
-        elif name in derived: source = derived[name]
-        elif name.startswith("loss.") and (key not in settings["params"] or key not in layer): source = training.get(name, "default of the loss (its notebook)")
-        else: source = _layer_source(row, layer[key], key)
-        lines.append((name, value, source))
-    spelt = {name: _layer_source(row, regime, name) for name in _spelt_out(settings)}
-    if "per_class" in settings: spelt["sampler"] = dict((name, source) for name, _, source in lines)["per_class"]
-    lines += [(name, value, spelt[name]) for name, value in _spelt_out(settings).items()]
+    layer, values, spelt = _last_layer(row, settings), _values(settings), _spelt_out(settings)
+    sources = _derived(row, settings) | dict.fromkeys((name for name in values if {name, name.removeprefix("loss.")} & {*overrides}), "asked for")
+    sources |= {name: _source(row, settings, name, layer) for name in values if name not in sources}
+    sources |= {name: _layer_source(row, settings["dataset"], regime, name) for name in spelt}
+    if "per_class" in settings: sources["sampler"] = sources["per_class"]
+    lines = [(name, value, sources[name]) for name, value in (values | spelt).items()]
     frame = pd.DataFrame(lines, columns=["setting", "value", "source"]).set_index("setting")
-    frame["guess"] = frame.source.str.startswith("guess")
-    return frame
-
-# %% ../../nbs/60a_explain.ipynb #767ed79a
-def _spelt_out(settings: dict) -> dict[str, str]:
-    "Optimiser, sampler and crops in words."
-    k = settings.get("per_class")
-    out = recipes()["fixed"] | dict(sampler="random, last batch dropped" if k is None else f"{settings['batch_size']//k} classes of {k} images")
-    if settings["regime"] == "frozen": return out | dict(crops="one centre crop, features computed once")
-    return out | dict(crops="training: " + dict(rrc="random resized crop", resize="resize, random crop")[settings["train_crop"]] + " and flip; test: resize, centre crop")
+    return frame.assign(guess=frame.source.str.startswith("guess"))
 
 # %% ../../nbs/60a_explain.ipynb #de1331e8
 def _same_method() -> dict[str, int]: # name -> number of its group
@@ -89,12 +126,13 @@ def _comparable(a: Row, b: Row) -> bool:
     return (group.get(a.method, a.method) == group.get(b.method, b.method) and (a.dataset, a.noise) == (b.dataset, b.noise)
             and fits(a.embedding_size, b.embedding_size) and fits(a.backbone, b.backbone))
 
-# %% ../../nbs/60a_explain.ipynb #d8c8ade3
+# %% ../../nbs/60a_explain.ipynb #26a440ab
 def _agrees(row: Row, metric: str) -> bool:
     "Does a row without a stated backbone say what some row with one says?"
     return row.backbone is None and any(other.backbone and other.claimed.get(metric) == row.claimed.get(metric)
                                         for other in all_rows().values() if other.table != row.table and _comparable(row, other))
 
+# %% ../../nbs/60a_explain.ipynb #ac28f774
 def contradictions(row: Row, # any row
                   ) -> list[str]: # "R@8 is 82.6 here, 86.2 in 001-T1 and 002-IV"
     "Where other tables claim another value for the same thing."
@@ -102,24 +140,32 @@ def contradictions(row: Row, # any row
     for metric, value in row.claimed.items():
         tables = {}
         for other in others:
-            theirs, excused = other.claimed.get(metric, "-"), (other.backbone and _agrees(row, metric)) or (row.backbone and _agrees(other, metric))
+            theirs = other.claimed.get(metric, "-")
+            excused = (other.backbone and _agrees(row, metric)) or (row.backbone and _agrees(other, metric))
             if "-" not in (value, theirs) and theirs != value and not excused: tables.setdefault(theirs, []).append(other.table)
         if tables: out.append(f"{metric} is {value} here, " + ", ".join(f"{v} in {' and '.join(names)}" for v, names in tables.items()))
     return out
 
-# %% ../../nbs/60a_explain.ipynb #ab07e05e
+# %% ../../nbs/60a_explain.ipynb #847e485c
+def _head(row: Row) -> list[str]:
+    "What the source says of a row, and what is odd about it."
+    claimed = ", ".join(f"{m} {v}" for m, v in row.claimed.items())
+    table = f"{row.table}, printed row {row.printed!r}" if claimed else "none: a loss by itself"
+    return [row.id, f"  method      {row.method}", f"  table       {table}",
+            f"  data set    {row.dataset}" + ("" if row.noise == "none" else f", {row.noise} of the labels wrong"),
+            f"  backbone    {row.backbone or 'not stated'}", f"  embedding   {row.embedding_size or 'size not stated'}",
+            f"  claimed     {claimed} (percent; - is a gap in the source)" if claimed else "  claimed     nothing",
+            *(f"  note        {note}" for note in row.notes), *(f"  contradicts {text}" for text in contradictions(row))]
+
+# %% ../../nbs/60a_explain.ipynb #3343abd8
 def describe(row: Row, # any row
              dataset: str | None = None, # None: the row's own
              backbone: str | None = None, # None: the row's own
              regime: str = "finetune", # or "frozen"
             ) -> str: # lines of text
     "What the source claims, what is odd about it, whether it can run, and its recipe with sources."
-    claimed = ", ".join(f"{m} {v}" for m, v in row.claimed.items())
-    head = [row.id, f"  method      {row.method}", f"  table       {row.table}, printed row {row.printed!r}", f"  data set    {row.dataset}" + ("" if row.noise == "none" else f", {row.noise} of the labels wrong"),
-            f"  backbone    {row.backbone or 'not stated'}", f"  embedding   {row.embedding_size or 'size not stated'}", f"  claimed     {claimed} (percent; - is a gap in the source)"]
-    head += [f"  note        {note}" for note in row.notes] + [f"  contradicts {text}" for text in contradictions(row)]
-    if why := missing(row, dataset, backbone): return "\n".join([*head, f"  cannot run  {why}"])
+    if why := missing(row, dataset, backbone): return "\n".join([*_head(row), f"  cannot run  {why}"])
     frame = explain(row, dataset, backbone, regime)
     wide = max(map(len, frame.index))
     lines = [f"  {name:{wide}}  {str(line.value):24}  {line.source}" for name, line in frame.iterrows()]
-    return "\n".join([*head, f"  recipe      {len(frame)} values, {frame.guess.sum()} of them guesses", *lines])
+    return "\n".join([*_head(row), f"  recipe      {len(frame)} values, {frame.guess.sum()} of them guesses", *lines])

@@ -4,36 +4,51 @@
 
 # %% auto #0
 __all__ = ['RUN', 'load_results', 'interval', 'plus_minus', 'bounds', 'flat', 'known_settings', 'value_of', 'changes', 'in_words',
-           'plain_name', 'central', 'variant', 'where', 'computation', 'runs_frame', 'histories']
+           'plain_name', 'central', 'variant', 'where', 'section', 'sections', 'computation', 'runs_frame', 'histories']
 
-# %% ../../nbs/63_results.ipynb #15ff7ad0
+# %% ../../nbs/63_results.ipynb #9a42f99e
 import json
+from collections.abc import Iterable
 from functools import cache
 from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from packaging.version import Version
 from scipy import stats
 
 from .records import read_result
-from .rows import all_rows, recipes, settings_for
+from .rows import find_table, recipes, row_of, settings_for
 from ..losses import core
 from ..similarity import unknown
 
-# %% ../../nbs/63_results.ipynb #497c7813
-def load_results(out: str | Path = "runs", # top folder of results, or several separated by commas
+# %% ../../nbs/63_results.ipynb #8a83b027
+def _files(folder: Path) -> list[Path]:
+    "Results of this folder, not of experiments that have a folder of their own within it."
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the results folder {folder} does not exist: run something first, "
+                                "as in `dml_nb run II --dataset glyphs --backbone small_cnn`.")
+    found = sorted(path for depth in range(1, 5) for path in folder.glob("*/" * depth + "result.json"))
+    deeper = None if found else next(folder.rglob("result.json"), None)
+    if deeper: raise ValueError(f"{folder} holds no results of its own, but {deeper.parents[4]} does: name that folder.")
+    return found
+
+def _folders(out) -> list[Path]:
+    if isinstance(out, (str, Path)): out = [out] if Path(out).is_dir() else str(out).split(",")
+    return [Path(str(part).strip()) for part in out]
+
+# %% ../../nbs/63_results.ipynb #29370a99
+def load_results(out: str | Path | Iterable = "runs", # top folder of results, or several: a list, or text with commas
                  table: str | None = None, # only this table, such as "002-II" or "II"
                 ) -> list[dict]: # contents of the `result.json` files, with their folder under "folder"
-    "All finished runs below a folder."
-    folders = [Path(out)] if Path(out).is_dir() else [Path(part.strip()) for part in str(out).split(",")]
-    for folder in folders:
-        if not folder.is_dir(): raise FileNotFoundError(f"the results folder {folder} does not exist: run something first, as in `dml_nb run II --dataset glyphs --backbone small_cnn`.")
-    results = [read_result(path) | dict(folder=path.parent.as_posix()) for folder in folders for path in sorted(folder.rglob("result.json"))]
-    if table is None: return results
-    known = {r["table"] for r in results}
-    if known and table.upper() not in {name for t in known for name in (t.upper(), t.split("-")[1].upper())}: raise unknown("table with results", table, known)
-    return [r for r in results if table.upper() in (r["table"].upper(), r["table"].split("-")[1].upper())]
+    "All finished runs of these folders."
+    files = [path for folder in _folders(out) for path in _files(folder)]
+    results = [read_result(path) | dict(folder=path.parent.as_posix()) for path in files]
+    if table is None or not results: return results
+    name, known = find_table(table), {r["table"] for r in results}
+    if name not in known: raise unknown("table with results", table, known)
+    return [r for r in results if r["table"] == name]
 
 # %% ../../nbs/63_results.ipynb #5d58baa6
 def interval(values, # one number a seed
@@ -55,7 +70,7 @@ def bounds(values, # one number a seed
     mean, half = interval(values)
     return mean - np.nan_to_num(half), mean + np.nan_to_num(half)
 
-# %% ../../nbs/63_results.ipynb #c621da70
+# %% ../../nbs/63_results.ipynb #5e195f79
 def flat(settings: dict, # of a run
         ) -> dict: # parameters of the loss beside the rest
     "Settings without their nesting."
@@ -64,7 +79,8 @@ def flat(settings: dict, # of a run
 def known_settings(settings: dict, # of a run
                   ) -> dict: # every setting and parameter of the loss: name -> value, the loss's default where it was not set
     "All that a setting says, and what it leaves to the loss."
-    defaults = {k: p.default for k, p in signature(core._registry[settings["loss"]]).parameters.items() if k not in ("num_classes", "embedding_size")}
+    takes = signature(core._registry[settings["loss"]]).parameters
+    defaults = {k: p.default for k, p in takes.items() if k not in ("num_classes", "embedding_size")}
     return defaults | dict(noise="none") | flat(settings)
 
 def value_of(settings: dict, # of a run
@@ -88,12 +104,12 @@ def in_words(changed: dict, # from `changes`
     "Settings as text."
     return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in sorted(changed.items()))
 
-# %% ../../nbs/63_results.ipynb #c1506074
+# %% ../../nbs/63_results.ipynb #4b91b042
 def plain_name(id: str, # of a row
               ) -> str: # the first name of its recipe
     "One name for a method that the tables call differently."
-    row = all_rows()[id]
-    return row.recipe["names"][0] if row.recipe else row.method
+    row = row_of(id)
+    return (row.recipe or {}).get("names", [row.method])[0]
 
 # %% ../../nbs/63_results.ipynb #ba06d5bf
 def central(results: list[dict], # from `load_results`
@@ -105,18 +121,23 @@ def central(results: list[dict], # from `load_results`
     if not able: raise ValueError(f"no run has {in_words(wanted or {})}: name values that some run has.")
     return min(able, key=lambda s: sum(len(changes(other, s)) for other in settings))
 
-# %% ../../nbs/63_results.ipynb #0f86a15e
+# %% ../../nbs/63_results.ipynb #74767236
+def _recipe(id: str, s: dict) -> tuple[dict, int | None]:
+    "Settings of a row's recipe where a run took place, at the run's length; and the recipe's own length, if it is known."
+    of_row = lambda **kw: settings_for(row_of(id), s["dataset"], s["backbone"], s["regime"], **kw)
+    try: return of_row(epochs=s["epochs"]), of_row()["epochs"] # schedules follow the number of epochs
+    except (KeyError, ValueError): # its data set is gone from this machine, or its row or setting from this version
+        place = {k: s[k] for k in ("dataset", "backbone", "regime", "loss", "embedding_size")}
+        return recipes()["settings"][s["regime"]] | place | dict(params={}), None
+
 @cache
 def _variant(id: str, settings: str) -> str:
     s = json.loads(settings)
-    try:
-        of_row = lambda **kw: settings_for(all_rows()[id], s["dataset"], s["backbone"], s["regime"], **kw)
-        base, epochs = of_row(epochs=s["epochs"]), of_row()["epochs"] # schedules follow the number of epochs
-    except (KeyError, ValueError): # its data set is gone from this machine, or its row or setting from this version
-        base, epochs = recipes()["settings"][s["regime"]] | {k: s[k] for k in ("dataset", "backbone", "regime", "loss")} | dict(params={}), None
+    base, epochs = _recipe(id, s)
     changed = {k: v for k, v in changes(s, base).items() if k != "noise"}
     return in_words(changed | ({} if epochs in (s["epochs"], None) else dict(epochs=s["epochs"])))
 
+# %% ../../nbs/63_results.ipynb #3b4ed430
 def variant(result: dict, # of a run
            ) -> str: # "" if nothing
     "What was changed against the recipe of the row besides label noise, in words."
@@ -125,40 +146,68 @@ def variant(result: dict, # of a run
 def where(settings: dict, # of a run
          ) -> str: # "cub, efficientnet_lite0, frozen"
     "Data, backbone and regime of a run, in words."
-    return f"{Path(settings['dataset']).name}, {settings['backbone']}, {settings['regime']}" + ("" if settings.get("holdout") is None else ", HELD-OUT TRAINING CLASSES")
+    held = "" if settings.get("holdout") is None else ", HELD-OUT TRAINING CLASSES"
+    return f"{Path(settings['dataset']).name}, {settings['backbone']}, {settings['regime']}{held}"
 
-# %% ../../nbs/63_results.ipynb #159797fa
+# %% ../../nbs/63_results.ipynb #c4d33c54
+def section(result: dict, # of a run
+           ) -> str: # "002-V, cub, 512-d, 20% noise"; without claims the data set is that of the run
+    "What methods must have in common to be ranked."
+    s = result["settings"]
+    data = row_of(result["row"]).dataset if result["claimed"] else Path(s["dataset"]).name
+    noise = "" if s.get("noise", "none") == "none" else f", {s['noise']} noise"
+    return f"{result['table']}, {data}, {s['embedding_size']}-d{noise}"
+
+def sections(results: list[dict], # from `load_results`
+            ) -> dict[str, list[dict]]: # section -> its results
+    "Results by section, in their order."
+    out = {}
+    for r in results: out.setdefault(section(r), []).append(r)
+    return out
+
+# %% ../../nbs/63_results.ipynb #ffef5511
 def computation(result: dict, # of a run
                ) -> int: # equal for results of the same computation, within this process
     "Names what was computed, whichever row it stands for and wherever it lies."
-    return hash(json.dumps([result["settings"], result["seed"], result["environment"]["dml_nb"], result["data_checksum"]], sort_keys=True))
+    known = [result["settings"], result["seed"], result["environment"]["dml_nb"], result["data_checksum"]]
+    return hash(json.dumps(known, sort_keys=True))
 
-RUN = ["table", "row", "method", "where", "noise", "variant"] # what seeds of one experiment have in common
+RUN = ["section", "table", "row", "method", "where", "noise", "variant"] # what seeds of one experiment have in common
+
+def _known(r: dict) -> dict:
+    "What is said of every number of a run."
+    s, env, changed = r["settings"], r["environment"], variant(r)
+    kept = {k: r[k] for k in ("table", "row", "method", "seed", "folder")} | {k: s[k] for k in ("loss", "embedding_size")}
+    return kept | dict(section=section(r), where=where(s), noise=s.get("noise", "none"), variant=changed, own=r["own_setting"] and not changed,
+                       training=f"{s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g})", run=computation(r),
+                       batches=in_words({k: s.get(k) for k in ("batch_size", "per_class", "train_crop", "noise", "holdout")}),
+                       version=env["dml_nb"], commit=env.get("commit", ""), data=r["data_checksum"])
+
+# %% ../../nbs/63_results.ipynb #c548ea67
+def _set_apart(frame: pd.DataFrame, apart: pd.Series, words: pd.Series):
+    "Say in the variant why these lines are not to be averaged with the others."
+    frame.loc[apart, "variant"] = [", ".join(filter(None, pair)) for pair in zip(frame.variant[apart], words[apart])]
 
 def runs_frame(results: list[dict], # from `load_results`
-              ) -> pd.DataFrame: # columns of RUN, seed, epoch ("best", "last"), metric, value (in percent but for the deviation), claimed, own, and more
+              ) -> pd.DataFrame: # columns of RUN, seed, epoch ("best", "last"), metric, value (percent but for the deviation), claimed, own, …
     "All numbers of all runs."
     if not results: raise ValueError("there are no finished runs to report: a run counts when its result.json exists.")
-    lines = []
-    for r in results:
-        s, env = r["settings"], r["environment"]
-        known = {k: r[k] for k in ("table", "row", "method", "seed", "folder")} | dict(run=computation(r), where=where(s), variant=variant(r), loss=s["loss"], noise=s.get("noise", "none"), own=r["own_setting"], embedding_size=s["embedding_size"],
-                 training=f"{s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g})",
-                 batches=in_words({k: s.get(k) for k in ("batch_size", "per_class", "train_crop", "noise", "holdout")}), version=env["dml_nb"], commit=env.get("commit", ""), data=r["data_checksum"])
-        lines += [known | dict(epoch=epoch, metric=m, value=v if m.startswith("deviation") else 100*v, claimed=r["claimed"].get(m, "")) for epoch in ("best", "last") for m, v in r[epoch].items() if m != "epoch"]
+    lines = [known | dict(epoch=epoch, metric=m, value=v if m.startswith("deviation") else 100*v, claimed=r["claimed"].get(m, ""))
+             for r in results for known in [_known(r)] for epoch in ("best", "last") for m, v in r[epoch].items() if m != "epoch"]
     frame = pd.DataFrame(lines)
-    for column, word in (("version", "dml_nb "), ("data", "data ")):
-        several = frame.groupby(RUN)[column].transform("nunique") > 1
-        frame.loc[several, "variant"] = frame.variant[several].where(frame.variant[several] == "", frame.variant[several] + ", ") + word + frame[column][several]
+    newest = frame.groupby(RUN).version.transform(lambda v: max(v, key=Version))
+    _set_apart(frame, frame.version != newest, "dml_nb " + frame.version)
+    _set_apart(frame, frame.groupby(RUN).data.transform("nunique") > 1, "data " + frame.data)
     frame = frame.sort_values("folder", key=lambda f: f.str.len(), kind="stable")
     return frame.drop_duplicates([*RUN, "seed", "epoch", "metric"]).sort_index()
 
-# %% ../../nbs/63_results.ipynb #23ad9b58
+# %% ../../nbs/63_results.ipynb #e16d0261
 def histories(results: list[dict], # from `load_results`
-             ) -> pd.DataFrame: # the columns of `history.csv` beside method, loss, where, variant, seed, row
+             ) -> pd.DataFrame: # the columns of `history.csv` beside those of RUN, loss, embedding size, seed, run
     "What each run noted after every epoch."
     once = runs_frame(results).drop_duplicates(["table", "run"])
-    known = ["table", "row", "method", "loss", "where", "variant", "seed"]
-    parts = [pd.read_csv(Path(run.folder)/"history.csv").assign(**{k: getattr(run, k) for k in known}) for run in once.itertuples() if (Path(run.folder)/"history.csv").exists()]
-    if not parts: raise ValueError("no run has a history.csv beside its result.json: run the rows again.")
+    known = [*RUN, "loss", "embedding_size", "seed", "run"]
+    with_curve = [run for run in once.itertuples() if (Path(run.folder)/"history.csv").exists()]
+    if not with_curve: raise ValueError("no run has a history.csv beside its result.json: run the rows again.")
+    parts = [pd.read_csv(Path(run.folder)/"history.csv").assign(**{k: getattr(run, k) for k in known}) for run in with_curve]
     return pd.concat(parts, ignore_index=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_LISTS', 'noisy', 'load_data', 'Run', 'environment', 'peak_memory_mb']
 
-# %% ../../nbs/61_runner.ipynb #bafde5fd
+# %% ../../nbs/61_runner.ipynb #560281d7
 import json
 import os
 import platform
@@ -27,7 +27,7 @@ from ..checkpoint import Checkpoint, resume
 from ..data import load_dataset
 from ..data.datasets import RetrievalData, cache_root
 from ..data.noise import read_noise_list, symmetric_noise, with_noise
-from .rows import all_rows, noise_rate, own_setting
+from .rows import noise_rate, own_setting, row_of
 from ..files import write_atomically
 from ..learner import DMLLearner, dml_learner, feature_dls, image_dls
 from ..losses import create_loss
@@ -35,7 +35,6 @@ from ..models import create_embedder
 from ..models.embedder import EmbeddingHead
 from ..models.features import cached_features, embed
 from ..retrieval.view import plot_retrieval
-from ..similarity import unknown
 
 # %% ../../nbs/61_runner.ipynb #1fd7761c
 PUBLISHED_LISTS = dict(cub="CUB", cars="CARS", sop="SOP")
@@ -55,7 +54,7 @@ def load_data(settings: dict, # from `settings_for`
     if noise := settings.get("noise"): return noisy(whole, settings["dataset"], noise_rate(noise))
     return whole if fold is None else whole.holdout(.3, fold)
 
-# %% ../../nbs/61_runner.ipynb #09899a39
+# %% ../../nbs/61_runner.ipynb #a8a9df32
 class Run:
     "One row with one seed: data, model, loss, Learner, results."
     def __init__(self,
@@ -64,8 +63,7 @@ class Run:
                  seed: int, # of initialisation, batches and augmentation
                  folder: str | Path, # where results go
                 ):
-        if row not in all_rows(): raise unknown("row", row, all_rows())
-        self.row, self.settings, self.seed, self.folder = all_rows()[row], settings, seed, Path(folder)
+        self.row, self.settings, self.seed, self.folder = row_of(row), settings, seed, Path(folder)
         self.seconds, self.started = {}, perf_counter()
 
     @cached_property
