@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ClassQueues']
 
-# %% ../nbs/01_memory.ipynb #0f198ee0
+# %% ../nbs/01_memory.ipynb #9d21e54c
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def filled(self: ClassQueues) -> Tensor: # (C,) boolean
     "Which classes hold at least one embedding."
     return self.count > 0
 
-# %% ../nbs/01_memory.ipynb #96fd60bf
+# %% ../nbs/01_memory.ipynb #79603a2c
 @patch
 @torch.no_grad()
 def enqueue(self: ClassQueues,
@@ -62,15 +63,16 @@ def enqueue(self: ClassQueues,
     "Push a batch: the oldest entries of a full queue leave."
     check_embeddings(embeddings, self.queue.shape[-1]); check_labels(labels, len(embeddings), len(self.count))
     if not len(labels): return
-    embeddings, labels = embeddings.detach().to(self.queue.device), labels.to(self.queue.device)
-    class_B, order_B = labels.long().sort(stable=True)
-    arrived_C = torch.bincount(class_B, minlength=len(self.count))
-    next_C, place_B = self.position + arrived_C, torch.arange(len(labels), device=labels.device)
+    label_B = labels.long().cpu().numpy()
+    order_B, place_B = label_B.argsort(kind="stable"), np.arange(len(label_B))
+    class_B, arrived_C = label_B[order_B], np.bincount(label_B, minlength=len(self.count))
+    next_C, end_C = self.position.cpu().numpy() + arrived_C, arrived_C.cumsum()
     if arrived_C.max() > self.capacity:
-        kept = place_B >= (arrived_C.cumsum(0) - self.capacity)[class_B]
+        kept = place_B >= (end_C - self.capacity)[class_B]
         class_B, order_B, place_B = class_B[kept], order_B[kept], place_B[kept]
-    slot_B = (next_C - arrived_C.cumsum(0))[class_B].add_(place_B).remainder_(self.capacity)
-    self._replace(slot_B.add_(class_B, alpha=self.capacity), class_B, embeddings.index_select(0, order_B))
+    slot_B = ((next_C - end_C)[class_B] + place_B) % self.capacity
+    rows, classes, order = (torch.from_numpy(each).to(self.queue.device) for each in (slot_B + class_B*self.capacity, class_B, order_B))
+    self._replace(rows, classes, embeddings.detach().to(self.queue.device).index_select(0, order))
     self._advance(arrived_C, next_C)
 
 # %% ../nbs/01_memory.ipynb #d25f2ed1
@@ -82,12 +84,12 @@ def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, embeddings: Tens
     rows.index_copy_(0, row_B, new)
     self.sum.index_add_(0, class_B, change)
 
-# %% ../nbs/01_memory.ipynb #1ae2206c
+# %% ../nbs/01_memory.ipynb #2b13fa93
 @patch
 def _advance(self: ClassQueues, arrived_C: Tensor, next_C: Tensor):
     "Move positions and counts on, and renew the sums of the classes whose turn it is."
-    self.count.add_(arrived_C).clamp_max_(self.capacity)
-    torch.remainder(next_C, self.capacity, out=self.position)
+    self.count.copy_(torch.from_numpy(np.minimum(self.count.cpu().numpy() + arrived_C, self.capacity)))
+    self.position.copy_(torch.from_numpy(next_C % self.capacity))
     C, first = len(self.count), int(self.turn)
     last = first + 1 + C//512
     torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])

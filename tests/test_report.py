@@ -299,6 +299,20 @@ def test_figure_notebooks_read_a_folder_of_results(tmp_path):
     assert "capacity" in execute("figure4", tmp_path, runs="runs")
 
 
+def test_ablation_notebook_reads_tables_one_and_two(tmp_path):
+    rows = {"002-I/cub-pa-s-p": 0.55, "002-I/cub-pa-s-p-s-g": 0.56, "002-I/cub-pa-s-p-s-g-l-c": 0.58, "002-II/cub-cp-pa-k-1": 0.57,
+            "002-II/cub-cp-pa-k-3": 0.58, "002-II/cub-pa-multi-proxy-k-1-without-cp": 0.55, "002-II/cub-pa-multi-proxy-k-3-without-cp": 0.54}  # fmt: skip
+    for seed in range(3):
+        for row, r1 in rows.items():
+            write_run(tmp_path / "runs", row, seed, r1 + 0.001 * seed)
+    execute("ablations", tmp_path, runs="runs")
+    first, second = (pd.read_csv(tmp_path / "runs" / f"table{n}-cub.csv", header=[0, 1], index_col=0) for n in (1, 2))
+    assert first["last epoch", "difference"].iloc[2] == "2.00 ± 0.00"  # against the line above; both were trained for as many epochs
+    claimed = next(c for c in first if c[0].startswith("the paper's"))
+    assert first[claimed].astype(float).tolist() == [float(all_rows()[row].claimed["R@1"]) for row in list(rows)[:3]]
+    assert second.index.tolist() == [1, 3] and second["the paper's", "with CP"].tolist() == [69.2, 69.8]
+
+
 def test_noise_notebook_pairs_each_host_with_cp(tmp_path):
     hosts = {"proxy-anchor": "cp-pa", "proxy-nca": "cp-nca", "softtriple": "cp-softtriple"}
     clean = {"cp-pa": "cp-proxy-anchor-loss", "cp-nca": "cp-proxy-nca"}

@@ -10,8 +10,8 @@ from ..losses import core
 from ..models.embedder import POOLS
 from ..similarity import unknown
 
-# %% ../../nbs/60b_checks.ipynb #276f0708
-WHOLE = dict(epochs=1, batch_size=1, embedding_size=1, step_epochs=1, warm_epochs=0, per_class=2, holdout=0) # setting -> smallest
+# %% ../../nbs/60b_checks.ipynb #e1f21188
+WHOLE = dict(epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, holdout=0) # setting -> smallest
 NUMBERS = dict(lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0) # setting -> smallest
 OPEN = ("per_class", "holdout", "head_lr", "clip_value", "noise") # may be None
 WORDS = dict(schedule=("step", "cosine", "constant"), pool=tuple(POOLS), train_crop=("rrc", "resize"), on_corrupt=("stop", "skip"))
@@ -26,7 +26,7 @@ def noise_rate(noise: str # "20%"
         raise ValueError(f"noise must be a percentage such as '20%', got {noise!r}: --set noise=20%.")
     return rate
 
-# %% ../../nbs/60b_checks.ipynb #ae74101e
+# %% ../../nbs/60b_checks.ipynb #9bfe0ed1
 def check_types(settings: dict # training settings
                ):
     "Raise `ValueError` for a setting of the wrong kind."
@@ -38,14 +38,16 @@ def check_types(settings: dict # training settings
     for key in ("frozen_bn", "layer_norm"):
         if not isinstance(given.get(key, True), bool): raise ValueError(f"{key} must be true or false, got {given[key]!r}: --set {key}=true.")
     if "noise" in given: noise_rate(given["noise"])
-    _check_ranks(given.get("recall_at", [1]))
+    _check_list("recall_at", given.get("recall_at", [1]), "[1,2,4,8]")
+    steps = given.get("step_epochs", 1) # a distance, or the epochs of all drops
+    _check_list("step_epochs", steps if isinstance(steps, (list, tuple)) else [steps], "10")
 
-# %% ../../nbs/60b_checks.ipynb #923a8995
-def _check_ranks(ranks):
-    "The K of Recall@K: one or more whole numbers."
-    if not isinstance(ranks, (list, tuple)) or not ranks:
-        raise ValueError(f"recall_at must be a list of whole numbers, got {ranks!r}: --set recall_at=[1,2,4,8].")
-    for rank in ranks: core.check_whole(recall_at=(rank, 1))
+# %% ../../nbs/60b_checks.ipynb #70ed4d14
+def _check_list(name: str, values, example: str):
+    "One or more whole numbers."
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} must be a list of whole numbers, got {values!r}: --set {name}={example}.")
+    for value in values: core.check_whole(**{name: (value, 1)})
 
 # %% ../../nbs/60b_checks.ipynb #3f877485
 def check_settings(settings: dict, # training settings

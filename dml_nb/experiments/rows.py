@@ -262,19 +262,17 @@ def _place(row: Row, dataset: str | None, backbone: str | None, regime: str) -> 
     if is_folder(dataset): dataset = str(Path(dataset).expanduser().resolve()) # the kernel works in another folder
     return dataset, backbone or row.backbone or "bn_inception"
 
-# %% ../../nbs/60_rows.ipynb #430ddb7f
+# %% ../../nbs/60_rows.ipynb #178e3ab5
 def _laid(row: Row, dataset: str, backbone: str, regime: str) -> tuple[dict, dict]: # settings, parameters of the loss
     "The layers, each value where it belongs."
     known, loss = {*recipes()["settings"][regime], *OPTIONAL, "start_fraction"}, row.recipe["loss"]
     out, params = dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=row.embedding_size or 512, loss=loss), {}
     for name, values in layers(row, dataset, backbone, regime):
         for key, value in values.items(): (out if key in known and not name.startswith("loss") else params)[key] = value
-    if row.noise != "none":
-        out["noise"] = row.noise
-        if "noise_rate" in loss_defaults(loss): params.setdefault("noise_rate", noise_rate(row.noise)) # PRISM is told the rate
+    if row.noise != "none": out["noise"] = row.noise
     return out, params
 
-# %% ../../nbs/60_rows.ipynb #aeb46c96
+# %% ../../nbs/60_rows.ipynb #ac94f6e7
 def settings_for(row: Row, # what to run
                  dataset: str | None = None, # None: the row's own
                  backbone: str | None = None, # None: the row's own, or BN-Inception where the source does not say
@@ -290,6 +288,7 @@ def settings_for(row: Row, # what to run
         else: params[key.removeprefix("loss.")] = value
     out = {key: value for key, value in out.items() if value is not None or key not in OPTIONAL}
     check_types(out)
+    if out.get("noise") and "noise_rate" in loss_defaults(out["loss"]): params.setdefault("noise_rate", noise_rate(out["noise"])) # PRISM is told the rate
     if fraction is not None: params.setdefault("start_epoch", min(round(out["epochs"] * fraction), out["epochs"] - 1))
     check_settings(out, params, recipes()["sizes"].get(out["dataset"], (10_000, None))) # of a folder they are not known here
     return out | dict(params=params)
