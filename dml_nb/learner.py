@@ -156,18 +156,19 @@ def dml_learner(dls: DataLoaders, # from `image_dls` or `feature_dls`
     learn.rates = [rates[name] for name in groups]
     return learn
 
-# %% ../nbs/50_learner.ipynb #879ad86d
+# %% ../nbs/50_learner.ipynb #cbf5e9d6
 @patch
 def fit_schedule(self: DMLLearner,
                  epochs: int, # in all, also when resuming
                  schedule: str = "step", # "step", "cosine" or "constant"
-                 step_epochs: int = 10, # "step": epochs between two drops
+                 step_epochs: int | list[int] = 10, # "step": epochs between two drops, or the epochs of all drops
                  gamma: float = .5, # "step": factor of a drop
                  cbs=(), # further callbacks
                 ) -> dict: # the best line of the history
     "Train for `epochs` with one of the schedules, each group at its own rate."
     if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}.")
-    shapes = dict(step=lambda pct: gamma ** int(pct*epochs/step_epochs + 1e-6), cosine=SchedCos(1., 0.), constant=lambda pct: 1.)
+    def drops(epoch): return sum(epoch >= e for e in step_epochs) if isinstance(step_epochs, (list, tuple)) else int(epoch/step_epochs)
+    shapes = dict(step=lambda pct: gamma ** drops(pct*epochs + 1e-6), cosine=SchedCos(1., 0.), constant=lambda pct: 1.)
     if schedule not in shapes: raise unknown("schedule", schedule, shapes)
     def rates(pct): return [r * shapes[schedule](pct) for r in self.rates]
     if not self.first_epoch: self.retrieval_metrics.history = []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plan', 'Outcome', 'execute', 'execute_all']
 
-# %% ../../nbs/62_batch.ipynb #525cea95
+# %% ../../nbs/62_batch.ipynb #57dba6d0
 import json
 import os
 from collections import Counter
@@ -20,10 +20,10 @@ from filelock import FileLock, Timeout
 from .cost import cost
 from .job import Job, RunFailed, run_job
 from .records import Damaged, find_same, identity, read_result, run_folder, share, stale_runs, why_stale
-from .rows import Row, missing, settings_for
+from .rows import Row, check_keys, missing, settings_for
 from .runner import load_data
 
-# %% ../../nbs/62_batch.ipynb #3e74dca4
+# %% ../../nbs/62_batch.ipynb #254981a3
 def _checksum(settings: dict) -> str:
     "Of the data of a run; data that are not there name the command that checks them."
     try: return load_data(settings).checksum
@@ -37,6 +37,7 @@ def plan(rows: list[Row], # what to run
          **overrides, # any setting or parameter of the loss
         ) -> list[Job]: # in the order of the rows
     "Check everything that can be checked before a kernel starts, and group rows that ask for the same."
+    check_keys(rows, overrides, regime)
     jobs, data = {}, {}
     for row in rows:
         settings = settings_for(row, dataset, backbone, regime, **overrides)
