@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'Cpus', 'Gpus', 'Memory', 'fail', 'parse_settings', 'parse_seeds', 'rows', 'run', 'report', 'data',
-           'quickstart', 'bench']
+           'tune', 'quickstart', 'bench']
 
 # %% ../nbs/70_cli.ipynb #f5de16c9
 import json
@@ -149,6 +149,23 @@ def data(name: Annotated[str, typer.Argument(help="Name of a data set, or a fold
     try: loaded = load_dataset(name, on_corrupt="skip" if skip_corrupt else "stop")
     except (ValueError, OSError) as e: fail(e)
     typer.echo(f"{loaded}\n  checksum {loaded.checksum}")
+
+# %% ../nbs/70_cli.ipynb #005f1852
+@app.command(epilog="Example: dml_nb tune MS --dataset cub --backbone efficientnet_lite0 --regime frozen")
+def tune(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or tables; rows of one loss are searched once.")],
+         dataset: Annotated[str, typer.Option(help="Data set whose training classes are split.")],
+         backbone: Annotated[str, typer.Option(help="Network.")],
+         regime: Annotated[str, typer.Option(help="finetune or frozen.")] = "frozen",
+         out: Annotated[Path, typer.Option(help="Folder that receives a CSV for each loss.")] = Path("runs/search")):
+    "Search settings on held-out training classes, by the rule that is the same for all methods."
+    from dml_nb.experiments.rows import find_rows
+    from dml_nb.experiments.search import search_row
+    try:
+        rows = {row.recipe["loss"]: row for name in reversed(what) for row in reversed(find_rows(name, dataset)) if row.recipe}
+        for row in reversed(rows.values()):
+            won, trials = search_row(row, out, dataset, backbone, regime)
+            typer.echo(f"{row.recipe['loss']} ({row.method}): {', '.join(f'{k}={v:g}' for k, v in won.items())}: R@1 {100*trials['R@1'].max():.1f} on held-out classes")
+    except (ValueError, OSError) as e: fail(e)
 
 # %% ../nbs/70_cli.ipynb #cca7f90b
 @app.command(epilog="Example: dml_nb quickstart --out quickstart")
