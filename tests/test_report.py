@@ -271,13 +271,13 @@ def test_page_sorts_by_number_in_a_browser(tmp_path):
     assert order(2) == ["K=1", "K=3", "K=2"]
 
 
-def execute(name: str, out: Path, **parameters) -> str:
+def execute(name: str, where: Path, **parameters) -> str:
     "Text of all outputs of a figure notebook."
     import papermill
 
-    notebook = papermill.execute_notebook(ROOT / "nbs" / "rows" / f"{name}.ipynb", out / f"{name}.ipynb", parameters, kernel_name="python3", progress_bar=False, cwd=str(out))
+    notebook = papermill.execute_notebook(ROOT / "nbs" / "rows" / f"{name}.ipynb", where / f"{name}.ipynb", parameters, kernel_name="python3", progress_bar=False, cwd=str(where))
     parts = [o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain", "") for cell in notebook.cells for o in cell.get("outputs", [])]
-    assert (out / "runs" / f"{name}.png").exists() or list((out / "runs").glob(f"{name}-*.png"))
+    assert (where / "runs" / f"{name}.png").exists() or list((where / "runs").glob(f"{name}-*.png"))
     return "\n".join("".join(part) for part in parts)
 
 
@@ -297,6 +297,17 @@ def test_figure_notebooks_read_a_folder_of_results(tmp_path):
         write_run(tmp_path / "runs", "002-II/cub-pa-multi-proxy-k-3-without-cp", seed, 0.56, epochs=10, lr=0.001, alpha=8.0)
     assert "λ=0" in execute("figure3", tmp_path, runs="runs")
     assert "capacity" in execute("figure4", tmp_path, runs="runs")
+
+
+def test_notebooks_that_train_what_they_show(tmp_path, glyph_folder):
+    small = dict(embedding_size=16, batch_size=24)
+    place = dict(dataset=str(glyph_folder), backbone="small_cnn", regime="finetune")
+    (tmp_path / "runs").mkdir()
+    settings = json.dumps(dict(epochs=2, start_epoch=1, alpha=16.0, **small))
+    execute("figure1", tmp_path, **place, settings=settings, weights="0,1", classes=3, out="runs")
+    execute("calibration", tmp_path, **place, epochs=2, start_epoch=1, seeds=[0], common=dict(lr=1e-3, **small), folder="runs")
+    table = pd.read_csv(next((tmp_path / "runs").glob("calibration-*.csv")))
+    assert table.variant.nunique() == 6 and (table[table.epoch == 1].ratio > 0).all()
 
 
 def test_ablation_notebook_reads_tables_one_and_two(tmp_path):
