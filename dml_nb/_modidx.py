@@ -430,6 +430,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'dml_nb.experiments.rows': { 'dml_nb.experiments.rows.Row': ('rows.html#row', 'dml_nb/experiments/rows.py'),
                                          'dml_nb.experiments.rows.Row.notes': ('rows.html#row.notes', 'dml_nb/experiments/rows.py'),
                                          'dml_nb.experiments.rows.Row.printed': ('rows.html#row.printed', 'dml_nb/experiments/rows.py'),
+                                         'dml_nb.experiments.rows._check_regime': ('rows.html#_check_regime', 'dml_nb/experiments/rows.py'),
                                          'dml_nb.experiments.rows._laid': ('rows.html#_laid', 'dml_nb/experiments/rows.py'),
                                          'dml_nb.experiments.rows._near': ('rows.html#_near', 'dml_nb/experiments/rows.py'),
                                          'dml_nb.experiments.rows._no_row': ('rows.html#_no_row', 'dml_nb/experiments/rows.py'),

@@ -233,12 +233,16 @@ def loss_defaults(loss: str # name of a loss
     "The parameters that a loss takes besides the sizes."
     return {k: p.default for k, p in signature(core._registry[loss]).parameters.items() if k not in ("num_classes", "embedding_size")}
 
-# %% ../../nbs/60_rows.ipynb #280e6417
+# %% ../../nbs/60_rows.ipynb #898d9203
+def _check_regime(regime: str):
+    if regime not in ("finetune", "frozen"): raise unknown("regime", regime, ("finetune", "frozen"))
+
 def check_keys(rows: list[Row], # that are to be run; those without a recipe are left out
                keys: Iterable[str], # settings asked for
                regime: str = "finetune", # or "frozen"
               ):
     "Raise `ValueError` for a key that not all of these rows know."
+    _check_regime(regime)
     common, losses = {*recipes()["settings"][regime], *OPTIONAL, "embedding_size"}, {row.recipe["loss"] for row in rows if row.recipe}
     takes = {loss: {*loss_defaults(loss)} for loss in sorted(losses)}
     for key in keys:
@@ -248,10 +252,10 @@ def check_keys(rows: list[Row], # that are to be run; those without a recipe are
         without = ", ".join(loss for loss in takes if loss not in having)
         raise ValueError(f"{key} is a parameter of {', '.join(having)} but not of {without}: run these rows apart.")
 
-# %% ../../nbs/60_rows.ipynb #3e297b6d
+# %% ../../nbs/60_rows.ipynb #3f1db8c0
 def _place(row: Row, dataset: str | None, backbone: str | None, regime: str) -> tuple[str, str]: # data set, backbone
     "Where a row runs, if it can."
-    if regime not in ("finetune", "frozen"): raise unknown("regime", regime, ("finetune", "frozen"))
+    _check_regime(regime)
     if dataset and dataset not in {*list_datasets(), *recipes()["datasets"].values()} and not is_folder(dataset):
         raise unknown("data set", dataset, list_datasets())
     if backbone and backbone not in list_backbones(): raise unknown("backbone", backbone, list_backbones())
