@@ -41,11 +41,11 @@ class ClassQueues(nn.Module):
 # %% ../nbs/01_memory.ipynb #a7f487b8
 from fastcore.basics import patch
 
-# %% ../nbs/01_memory.ipynb #bcbd9f6a
+# %% ../nbs/01_memory.ipynb #3117c0ef
 @patch(as_prop=True)
 def mean(self: ClassQueues) -> Tensor: # (C, D) mean of the entries of each class, 0 for an empty queue
     "Mean embedding of each class: its global centre."
-    return self.sum / self.count.clamp_min(1).to(self.sum.dtype)[:, None]
+    return self.sum / self.count.clamp_min(1)[:, None]
 
 # %% ../nbs/01_memory.ipynb #254f24ab
 @patch(as_prop=True)
@@ -53,7 +53,7 @@ def filled(self: ClassQueues) -> Tensor: # (C,) boolean
     "Which classes hold at least one embedding."
     return self.count > 0
 
-# %% ../nbs/01_memory.ipynb #79603a2c
+# %% ../nbs/01_memory.ipynb #b5d9b688
 @patch
 @torch.no_grad()
 def enqueue(self: ClassQueues,
@@ -61,36 +61,49 @@ def enqueue(self: ClassQueues,
             labels: Tensor, # (B,) class ids in 0...C-1
            ):
     "Push a batch: the oldest entries of a full queue leave."
-    check_embeddings(embeddings, self.queue.shape[-1]); check_labels(labels, len(embeddings), len(self.count))
+    C, m, D = self.queue.shape
+    length_B = check_embeddings(embeddings, D)
+    check_labels(labels, len(embeddings))
     if not len(labels): return
-    label_B = labels.long().cpu().numpy()
-    order_B, place_B = label_B.argsort(kind="stable"), np.arange(len(label_B))
-    class_B, arrived_C = label_B[order_B], np.bincount(label_B, minlength=len(self.count))
-    next_C, end_C = self.position.cpu().numpy() + arrived_C, arrived_C.cumsum()
-    if arrived_C.max() > self.capacity:
-        kept = place_B >= (end_C - self.capacity)[class_B]
-        class_B, order_B, place_B = class_B[kept], order_B[kept], place_B[kept]
-    slot_B = ((next_C - end_C)[class_B] + place_B) % self.capacity
-    rows, classes, order = (torch.from_numpy(each).to(self.queue.device) for each in (slot_B + class_B*self.capacity, class_B, order_B))
-    self._replace(rows, classes, embeddings.detach().to(self.queue.device).index_select(0, order))
-    self._advance(arrived_C, next_C)
+    label_B, position_C = labels.long().cpu().numpy(), self.position.cpu().numpy()
+    order_B = label_B.argsort(kind="stable")
+    if label_B[order_B[0]] < 0 or label_B[order_B[-1]] >= C: check_labels(labels, len(embeddings), C)
+    arrived_C = np.bincount(label_B, minlength=C)
+    place_B, end_C = np.empty_like(order_B), arrived_C.cumsum()
+    place_B[order_B] = np.arange(len(order_B))
+    if arrived_C.max() > m:
+        kept = place_B >= (end_C - m)[label_B]
+        label_B, place_B = label_B[kept], place_B[kept]
+        kept = torch.from_numpy(kept).to(embeddings.device)
+        embeddings, length_B, labels = embeddings[kept], length_B[kept], labels[kept]
+    row_B = (position_C + arrived_C - end_C)[label_B]
+    row_B += place_B
+    row_B %= m
+    row_B += label_B * m
+    self._replace(torch.from_numpy(row_B).to(self.sum.device), labels.to(self.sum.device), (embeddings / length_B.clamp_min(1e-12)[:, None]).to(self.sum))
+    self._advance(arrived_C)
 
-# %% ../nbs/01_memory.ipynb #d25f2ed1
+# %% ../nbs/01_memory.ipynb #b6500a97
 @patch
-def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, embeddings: Tensor):
+def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
-    rows, new = self.queue.view(-1, self.queue.shape[2]), unit(embeddings.to(self.sum.dtype)).to(self.queue.dtype)
-    change = new.to(self.sum.dtype) - rows.index_select(0, row_B)
+    rows, new = self.queue.view(-1, self.queue.shape[2]), unit_BD.to(self.queue.dtype)
+    old = rows.index_select(0, row_B).to(self.sum.dtype)
     rows.index_copy_(0, row_B, new)
-    self.sum.index_add_(0, class_B, change)
+    self.sum.index_add_(0, class_B, torch.sub(new.to(self.sum.dtype), old, out=old))
 
-# %% ../nbs/01_memory.ipynb #2b13fa93
+# %% ../nbs/01_memory.ipynb #45fcbc22
 @patch
-def _advance(self: ClassQueues, arrived_C: Tensor, next_C: Tensor):
+def _advance(self: ClassQueues, arrived_C: np.ndarray):
     "Move positions and counts on, and renew the sums of the classes whose turn it is."
-    self.count.copy_(torch.from_numpy(np.minimum(self.count.cpu().numpy() + arrived_C, self.capacity)))
-    self.position.copy_(torch.from_numpy(next_C % self.capacity))
-    C, first = len(self.count), int(self.turn)
-    last = first + 1 + C//512
-    torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])
-    self.turn.fill_(last if last < C else 0)
+    for state, limit in ((self.position, np.remainder), (self.count, np.minimum)):
+        moved_C = state.cpu().numpy() # on the CPU the buffer itself
+        moved_C += arrived_C
+        limit(moved_C, self.capacity, out=moved_C)
+        if state.device.type != "cpu": state.copy_(torch.from_numpy(moved_C))
+    C, first = len(arrived_C), int(self.turn)
+    pace = 1 + C//512
+    if first % (8*pace) == 0:
+        last = first + 8*pace
+        torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])
+    self.turn.fill_(first + pace if first + pace < C else 0)
