@@ -53,7 +53,7 @@ def filled(self: ClassQueues) -> Tensor: # (C,) boolean
     "Which classes hold at least one embedding."
     return self.count > 0
 
-# %% ../nbs/01_memory.ipynb #b5d9b688
+# %% ../nbs/01_memory.ipynb #3fb4b6eb
 @patch
 @torch.no_grad()
 def enqueue(self: ClassQueues,
@@ -65,7 +65,8 @@ def enqueue(self: ClassQueues,
     length_B = check_embeddings(embeddings, D)
     check_labels(labels, len(embeddings))
     if not len(labels): return
-    label_B, position_C = labels.long().cpu().numpy(), self.position.cpu().numpy()
+    labels = labels.long()
+    label_B, position_C = labels.cpu().numpy(), self.position.cpu().numpy()
     order_B = label_B.argsort(kind="stable")
     if label_B[order_B[0]] < 0 or label_B[order_B[-1]] >= C: check_labels(labels, len(embeddings), C)
     arrived_C = np.bincount(label_B, minlength=C)
