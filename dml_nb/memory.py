@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ClassQueues']
 
-# %% ../nbs/01_memory.ipynb #9d21e54c
+# %% ../nbs/01_memory.ipynb #abae7e13
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .similarity import check_embeddings, check_labels, unit
+from .similarity import check_embeddings, check_labels
 
 # %% ../nbs/01_memory.ipynb #5312563f
 class ClassQueues(nn.Module):
@@ -53,7 +53,7 @@ def filled(self: ClassQueues) -> Tensor: # (C,) boolean
     "Which classes hold at least one embedding."
     return self.count > 0
 
-# %% ../nbs/01_memory.ipynb #3fb4b6eb
+# %% ../nbs/01_memory.ipynb #87c66bfb
 @patch
 @torch.no_grad()
 def enqueue(self: ClassQueues,
@@ -61,48 +61,59 @@ def enqueue(self: ClassQueues,
             labels: Tensor, # (B,) class ids in 0...C-1
            ):
     "Push a batch: the oldest entries of a full queue leave."
+    length_B1 = check_embeddings(embeddings, self.queue.shape[2])[:, None]
+    self.enqueue_unit(embeddings / length_B1.clamp_min(1e-12), labels)
+
+# %% ../nbs/01_memory.ipynb #e841b220
+@patch
+@torch.no_grad()
+def enqueue_unit(self: ClassQueues,
+                 unit_BD: Tensor, # (B, D) unit vectors, not checked
+                 labels: Tensor, # (B,) class ids in 0...C-1
+                ):
+    "`enqueue` for a loss that has checked and normalised its embeddings already."
     C, m, D = self.queue.shape
-    length_B = check_embeddings(embeddings, D)
-    check_labels(labels, len(embeddings))
+    check_labels(labels, len(unit_BD))
     if not len(labels): return
-    labels = labels.long()
-    label_B, position_C = labels.cpu().numpy(), self.position.cpu().numpy()
+    labels, on_cpu = labels.long(), self.queue.device.type == "cpu"
+    label_B, position_C, count_C = (each.cpu().numpy() for each in (labels, self.position, self.count)) # on the CPU the buffers themselves
     order_B = label_B.argsort(kind="stable")
-    if label_B[order_B[0]] < 0 or label_B[order_B[-1]] >= C: check_labels(labels, len(embeddings), C)
+    if label_B[order_B[0]] < 0 or label_B[order_B[-1]] >= C: check_labels(labels, len(unit_BD), C)
     arrived_C = np.bincount(label_B, minlength=C)
     place_B, end_C = np.empty_like(order_B), arrived_C.cumsum()
     place_B[order_B] = np.arange(len(order_B))
     if arrived_C.max() > m:
         kept = place_B >= (end_C - m)[label_B]
         label_B, place_B = label_B[kept], place_B[kept]
-        kept = torch.from_numpy(kept).to(embeddings.device)
-        embeddings, length_B, labels = embeddings[kept], length_B[kept], labels[kept]
+        kept = torch.from_numpy(kept).to(unit_BD.device)
+        unit_BD, labels = unit_BD[kept], labels[kept]
     row_B = (position_C + arrived_C - end_C)[label_B]
     row_B += place_B
     row_B %= m
     row_B += label_B * m
-    self._replace(torch.from_numpy(row_B).to(self.sum.device), labels.to(self.sum.device), (embeddings / length_B.clamp_min(1e-12)[:, None]).to(self.sum))
-    self._advance(arrived_C)
+    self._replace(torch.from_numpy(row_B), labels, unit_BD)
+    np.remainder(position_C + arrived_C, m, out=position_C)
+    np.minimum(count_C + arrived_C, m, out=count_C)
+    if not on_cpu: self.position.copy_(torch.from_numpy(position_C)); self.count.copy_(torch.from_numpy(count_C))
 
-# %% ../nbs/01_memory.ipynb #b6500a97
+# %% ../nbs/01_memory.ipynb #f5be1e72
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
-    rows, new = self.queue.view(-1, self.queue.shape[2]), unit_BD.to(self.queue.dtype)
-    old = rows.index_select(0, row_B).to(self.sum.dtype)
+    queue, total = self.queue, self.sum
+    if queue.device.type != "cpu": row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
+    new, rows = unit_BD.to(queue), queue.view(-1, queue.shape[2])
+    old = rows.index_select(0, row_B)
     rows.index_copy_(0, row_B, new)
-    self.sum.index_add_(0, class_B, torch.sub(new.to(self.sum.dtype), old, out=old))
+    if queue.dtype != total.dtype: new, old = new.to(total.dtype), old.to(total.dtype)
+    total.index_add_(0, class_B, torch.sub(new, old, out=old))
+    self._renew()
 
-# %% ../nbs/01_memory.ipynb #45fcbc22
+# %% ../nbs/01_memory.ipynb #746c4c24
 @patch
-def _advance(self: ClassQueues, arrived_C: np.ndarray):
-    "Move positions and counts on, and renew the sums of the classes whose turn it is."
-    for state, limit in ((self.position, np.remainder), (self.count, np.minimum)):
-        moved_C = state.cpu().numpy() # on the CPU the buffer itself
-        moved_C += arrived_C
-        limit(moved_C, self.capacity, out=moved_C)
-        if state.device.type != "cpu": state.copy_(torch.from_numpy(moved_C))
-    C, first = len(arrived_C), int(self.turn)
+def _renew(self: ClassQueues):
+    "Take the sums of the classes whose turn it is afresh."
+    C, first = len(self.queue), int(self.turn)
     pace = 1 + C//512
     if first % (8*pace) == 0:
         last = first + 8*pace
