@@ -349,7 +349,10 @@ def test_every_stated_default_is_a_parameter_of_its_loss():
 def test_guesses_are_marked_for_parameters_of_the_loss():
     guessed = {id: explain(row_of(id)).query("guess").index for id in ("own/triplet", "own/hpl", "own/smooth-proxy-anchor", "own/circle")}
     assert "loss.reduction" in guessed["own/triplet"] and "loss.margin" not in guessed["own/triplet"]
-    assert {"loss.levels", "loss.coarse_weight"} <= set(guessed["own/hpl"]) and "loss.conf_beta" in guessed["own/smooth-proxy-anchor"]
+    assert "loss.levels" in guessed["own/hpl"] and "loss.coarse_weight" not in guessed["own/hpl"]  # that one was searched
+    assert "loss.coarse_weight" in explain(row_of("002-III/cub-hpl-pa")).query("guess").index
+    assert "search" in explain(row_of("own/circle")).source["loss.gamma"] and "search" not in explain(row_of("own/circle")).source["gamma"]
+    assert "loss.conf_beta" in guessed["own/smooth-proxy-anchor"]
     assert not [name for name in guessed["own/circle"] if name.startswith("loss.")]
 
 

@@ -44,10 +44,11 @@ def _layer_source(row: Row, dataset: str, layer: str, key: str) -> str:
     if layer == "method": return _elsewhere(row, dataset, training_of(row).get(key, row.recipe["source"]))
     return _common_source(row, dataset, layer, key)
 
-# %% ../../nbs/60a_explain.ipynb #a2e464ff
+# %% ../../nbs/60a_explain.ipynb #b5c68461
 def _last_layer(row: Row, settings: dict) -> dict[str, str]: # setting -> layer that sets it
     found = {}
-    for name, values in layers(row, settings["dataset"], settings["backbone"], settings["regime"]): found |= dict.fromkeys(values, name)
+    for name, values in layers(row, settings["dataset"], settings["backbone"], settings["regime"]):
+        found |= {key if key in settings and not name.startswith("loss") else f"loss.{key.removeprefix('loss.')}": name for key in values}
     return found
 
 # %% ../../nbs/60a_explain.ipynb #9ff9e93a
@@ -79,12 +80,12 @@ def _values(settings: dict) -> dict: # "loss.alpha" -> value
     params = loss_defaults(loss) | list_presets(loss).get(given.get("preset"), {}) | given
     return {k: v for k, v in settings.items() if k != "params"} | {f"loss.{k}": v for k, v in params.items()}
 
-# %% ../../nbs/60a_explain.ipynb #9f11b190
+# %% ../../nbs/60a_explain.ipynb #4fb8e574
 def _source(row: Row, settings: dict, name: str, layer: dict[str, str]) -> str: # layer: setting -> layer that sets it
     "The source of one value that was neither asked for nor derived."
     key, loss, given = name.removeprefix("loss."), settings["loss"], settings["params"]
-    if name == key or key in given: return _layer_source(row, settings["dataset"], layer[key], key)
-    if key in list_presets(loss).get(given.get("preset"), {}): return _layer_source(row, settings["dataset"], layer["preset"], "preset")
+    if name == key or key in given: return _layer_source(row, settings["dataset"], layer[name], key)
+    if key in list_presets(loss).get(given.get("preset"), {}): return _layer_source(row, settings["dataset"], layer["loss.preset"], "preset")
     return _default_source(loss, key)
 
 # %% ../../nbs/60a_explain.ipynb #c6357b50

@@ -266,13 +266,13 @@ def _place(row: Row, dataset: str | None, backbone: str | None, regime: str) -> 
     if is_folder(dataset): dataset = str(Path(dataset).expanduser().resolve()) # the kernel works in another folder
     return dataset, backbone or row.backbone or "bn_inception"
 
-# %% ../../nbs/60_rows.ipynb #178e3ab5
+# %% ../../nbs/60_rows.ipynb #707daebb
 def _laid(row: Row, dataset: str, backbone: str, regime: str) -> tuple[dict, dict]: # settings, parameters of the loss
     "The layers, each value where it belongs."
     known, loss = {*recipes()["settings"][regime], *OPTIONAL, "start_fraction"}, row.recipe["loss"]
     out, params = dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=row.embedding_size or 512, loss=loss), {}
     for name, values in layers(row, dataset, backbone, regime):
-        for key, value in values.items(): (out if key in known and not name.startswith("loss") else params)[key] = value
+        for key, value in values.items(): (out if key in known and not name.startswith("loss") else params)[key.removeprefix("loss.")] = value
     if row.noise != "none": out["noise"] = row.noise
     return out, params
 
