@@ -57,7 +57,7 @@ def _default_source(loss: str, key: str) -> str:
     stated = [entry[key] for pattern, entry in recipes()["parameters"].items() if fnmatch(loss, pattern) and key in entry]
     return stated[0] if stated else "guess: default of the loss (its notebook)"
 
-# %% ../../nbs/60a_explain.ipynb #ca04f4c0
+# %% ../../nbs/60a_explain.ipynb #f58aab1b
 def _derived(row: Row, settings: dict) -> dict[str, str]: # setting -> source
     "Values that follow from the row or from other values rather than from a layer."
     def of_row(key):
@@ -68,7 +68,7 @@ def _derived(row: Row, settings: dict) -> dict[str, str]: # setting -> source
     if "noise" in settings: out["noise"] = row.table if row.noise != "none" else "asked for"
     if "noise_rate" in settings["params"]: out["loss.noise_rate"] = "the rate of the row: the method is told it"
     if "start_epoch" in settings["params"]:
-        layer = _last_layer(row, settings).get("start_fraction")
+        layer = _last_layer(row, settings).get("loss.start_fraction")
         fifth = "CP: epoch 12 of 60, kept at the same fifth"
         out["loss.start_epoch"] = _layer_source(row, settings["dataset"], layer, "start_fraction") if layer else fifth
     return out
