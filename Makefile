@@ -22,9 +22,10 @@ test: $(STAMP) ## modules name only what they import, agree with clean notebooks
 
 TABLE ?= II
 SEEDS ?= 0,1,2
+OUT ?= runs
 
 reproduce: $(STAMP) ## run a table of the papers and report it: make reproduce TABLE=II ARGS="--dataset cub --regime frozen --backbone efficientnet_lite0"
-	status=0; $(BIN)/dml_nb run $(TABLE) --seeds $(SEEDS) --measure $(ARGS) || status=$$?; $(BIN)/dml_nb report $(TABLE) && exit $$status
+	status=0; $(BIN)/dml_nb run $(TABLE) --seeds $(SEEDS) --out $(OUT) --measure $(ARGS) || status=$$?; $(BIN)/dml_nb report $(TABLE) --runs $(OUT) && exit $$status
 
 lab: $(STAMP) ## open the notebooks
 	$(BIN)/jupyter lab nbs
