@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ClassQueues']
 
-# %% ../nbs/01_memory.ipynb #abae7e13
+# %% ../nbs/01_memory.ipynb #2a8547d4
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .similarity import check_embeddings, check_labels
 
-# %% ../nbs/01_memory.ipynb #5312563f
+# %% ../nbs/01_memory.ipynb #95ee8762
 class ClassQueues(nn.Module):
     "One first-in-first-out queue of detached unit embeddings for each class, with its running sum."
     def __init__(self,
@@ -24,16 +26,23 @@ class ClassQueues(nn.Module):
         super().__init__()
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class.")
         self.capacity = capacity
+        self.full = False # every queue; known here, so that asking costs nothing
+        self.renewal = SimpleNamespace(first=0) # class whose turn is next; `turn` holds it in a state
         self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size, dtype=dtype))
         self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("sum", torch.zeros(num_classes, embedding_size))
         self.register_buffer("turn", torch.zeros((), dtype=torch.long))
 
+    def _save_to_state_dict(self, *args):
+        self.turn.fill_(self.renewal.first)
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state, prefix, *args):
         state.pop(prefix + "square_sum", None) # kept by early versions; it is the count, since entries are unit vectors
         state.setdefault(prefix + "turn", self.turn)
         super()._load_from_state_dict(state, prefix, *args)
+        self.full, self.renewal.first = bool((self.count == self.capacity).all()), int(self.turn)
         stored = state.get(prefix + "queue", self.queue)
         if stored.dtype != self.queue.dtype: # the entries were rounded; in parts, since a float32 copy of all is what half precision avoids
             for entries, total in zip(self.queue.split(256), self.sum.split(256)): total.copy_(entries.to(self.sum.dtype).sum(1))
@@ -64,7 +73,7 @@ def enqueue(self: ClassQueues,
     length_B1 = check_embeddings(embeddings, self.queue.shape[2])[:, None]
     self.enqueue_unit(embeddings / length_B1.clamp_min(1e-12), labels)
 
-# %% ../nbs/01_memory.ipynb #e841b220
+# %% ../nbs/01_memory.ipynb #32c432c9
 @patch
 @torch.no_grad()
 def enqueue_unit(self: ClassQueues,
@@ -75,47 +84,55 @@ def enqueue_unit(self: ClassQueues,
     C, m, D = self.queue.shape
     check_labels(labels, len(unit_BD))
     if not len(labels): return
-    labels, on_cpu = labels.long(), self.queue.device.type == "cpu"
-    label_B, position_C, count_C = (each.cpu().numpy() for each in (labels, self.position, self.count)) # on the CPU the buffers themselves
+    labels = labels.long()
+    label_B, position_C = labels.cpu().numpy(), self.position.cpu().numpy() # on the CPU the buffer itself
     order_B = label_B.argsort(kind="stable")
     if label_B[order_B[0]] < 0 or label_B[order_B[-1]] >= C: check_labels(labels, len(unit_BD), C)
     arrived_C = np.bincount(label_B, minlength=C)
     place_B, end_C = np.empty_like(order_B), arrived_C.cumsum()
     place_B[order_B] = np.arange(len(order_B))
-    if arrived_C.max() > m:
+    if np.maximum.reduce(arrived_C) > m:
         kept = place_B >= (end_C - m)[label_B]
         label_B, place_B = label_B[kept], place_B[kept]
         kept = torch.from_numpy(kept).to(unit_BD.device)
         unit_BD, labels = unit_BD[kept], labels[kept]
-    row_B = (position_C + arrived_C - end_C)[label_B]
+    next_C = position_C + arrived_C
+    row_B = (next_C - end_C)[label_B]
     row_B += place_B
     row_B %= m
     row_B += label_B * m
     self._replace(torch.from_numpy(row_B), labels, unit_BD)
-    np.remainder(position_C + arrived_C, m, out=position_C)
-    np.minimum(count_C + arrived_C, m, out=count_C)
-    if not on_cpu: self.position.copy_(torch.from_numpy(position_C)); self.count.copy_(torch.from_numpy(count_C))
+    np.remainder(next_C, m, out=position_C)
+    if not self.position.is_cpu: self.position.copy_(torch.from_numpy(position_C))
+    if not self.full: self._fill(torch.from_numpy(arrived_C))
 
-# %% ../nbs/01_memory.ipynb #f5be1e72
+# %% ../nbs/01_memory.ipynb #7bd15ea1
+@patch
+def _fill(self: ClassQueues, arrived_C: Tensor):
+    self.count.add_(arrived_C.to(self.count.device)).clamp_(max=self.capacity)
+    self.full = bool((self.count == self.capacity).all())
+
+# %% ../nbs/01_memory.ipynb #aded63e5
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
     queue, total = self.queue, self.sum
-    if queue.device.type != "cpu": row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
+    if not queue.is_cpu: row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
     new, rows = unit_BD.to(queue), queue.view(-1, queue.shape[2])
     old = rows.index_select(0, row_B)
-    rows.index_copy_(0, row_B, new)
+    number = rows.dtype if rows.shape[1]*rows.itemsize % 16 else torch.complex128
+    rows.view(number).index_copy_(0, row_B, new.view(number))
     if queue.dtype != total.dtype: new, old = new.to(total.dtype), old.to(total.dtype)
     total.index_add_(0, class_B, torch.sub(new, old, out=old))
     self._renew()
 
-# %% ../nbs/01_memory.ipynb #746c4c24
+# %% ../nbs/01_memory.ipynb #e4563dff
 @patch
 def _renew(self: ClassQueues):
     "Take the sums of the classes whose turn it is afresh."
-    C, first = len(self.queue), int(self.turn)
-    pace = 1 + C//512
+    C, renewal = len(self.queue), self.renewal
+    first, pace = renewal.first, 1 + C//512
     if first % (8*pace) == 0:
         last = first + 8*pace
         torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])
-    self.turn.fill_(first + pace if first + pace < C else 0)
+    renewal.first = first + pace if first + pace < C else 0

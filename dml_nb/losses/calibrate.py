@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'CalibrateProxyLoss', 'cp_proxy_anchor']
 
-# %% ../../nbs/37_losses.calibrate.ipynb #06a6433d
+# %% ../../nbs/37_losses.calibrate.ipynb #2767c517
+from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -24,7 +25,7 @@ OPTIONS = dict(global_reduce=("mean", "softmax", "max"), combine=("sum", "averag
                calib_class=("sum", "mean", "batch"), calib_dim=("sum", "mean"), calib_target=("all", "mean_proxy", "nearest"),
                queue_dtype=("float32", "float16", "bfloat16"), proxy_init=("kaiming", "unit", "class_means"))
 
-# %% ../../nbs/37_losses.calibrate.ipynb #29e3ec27
+# %% ../../nbs/37_losses.calibrate.ipynb #c9645b79
 class CalibrateProxyLoss(DMLLoss):
     "CP around a host loss: composite similarity and calibration with the global centre of each class."
     def __init__(self,
@@ -60,8 +61,10 @@ class CalibrateProxyLoss(DMLLoss):
         self.check_idle()
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
         self.exact_gradient = enqueue == "after" # the batch's copy in its queue gets none
-        self.entered = False # whether the batch of this step is in the queues
-        self.latest = None # what the latest call got, its version, and its unit vectors
+        elsewhere = "proxy_init", "queue_dtype", "enqueue", "empty_queue"
+        self.plain = calib_normalise and all(getattr(self, kind) == options[0] for kind, options in OPTIONS.items() if kind not in elsewhere) # no option needs more than the sums of full queues
+        self.step = SimpleNamespace(entered=False, # whether its batch is in the queues
+                                    latest=None) # what the latest call got, its version, and its unit vectors
         self.proxies = torch.nn.Parameter(unit(proxies.detach())) if proxy_init == "unit" else proxies
         self.global_center = ClassQueues(num_classes, embedding_size, capacity, getattr(torch, queue_dtype))
 
@@ -75,7 +78,7 @@ def check_idle(self: CalibrateProxyLoss):
         readings = (1., .1) # of the presets, which fit any number of proxies
         if self.global_reduce != "softmax" and self.proxy_temp not in readings: check_default("with one proxy a class", proxy_temp=(self.proxy_temp, 1.))
 
-# %% ../../nbs/37_losses.calibrate.ipynb #caa9b40f
+# %% ../../nbs/37_losses.calibrate.ipynb #04b1247a
 @patch
 def similarity(self: CalibrateProxyLoss,
                embeddings: Tensor, # (B, D)
@@ -89,7 +92,7 @@ def similarity(self: CalibrateProxyLoss,
     weight, shift_CD = self.center_weight, mean_CD
     if self.global_reduce != "mean": shift_CD = torch.zeros_like(mean_CD)
     if self.center == "centred": shift_CD = (shift_CD - mean_CD.sum(0) / filled_C.sum().clamp_min(1)) * filled_C[:, None]
-    sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, shift_CD, pulled_C, self.proxy_temp, weight, pull_CD)
+    sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, shift_CD, pulled_C.sum(), self.proxy_temp, weight, pull_CD)
     if self.global_reduce != "mean": sim_BC = sim_BC + weight * entry_similarity(unit(embeddings), self.global_center, self.global_reduce, self.proxy_temp)
     if self.empty_queue == "twice": sim_BC = torch.where(filled_C, sim_BC, sim_BC * (1 + weight))
     return sim_BC if self.combine == "sum" else sim_BC / (1 + weight), distance, unit_BD
@@ -113,13 +116,13 @@ def calibrate(self: CalibrateProxyLoss,
     if self.calib_class == "mean": distance = distance / pulled_C.sum().clamp_min(1)
     return distance if self.calib_dim == "sum" else distance / proxies.shape[2]
 
-# %% ../../nbs/37_losses.calibrate.ipynb #bc831620
+# %% ../../nbs/37_losses.calibrate.ipynb #e96fc801
 @patch
 def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "Eq. 6: the host loss on the composite similarity plus the weighted calibration."
-    if self.enqueue == "before" and not self.entered and self.training and torch.is_grad_enabled():
+    if self.enqueue == "before" and not self.step.entered and self.training and torch.is_grad_enabled():
         self._push(gather(embeddings.detach()), gather(labels))
-        self.entered = True
+        self.step.entered = True
     proxies = self.proxies.to(embeddings.dtype)
     if self.epoch < self.start_epoch: value = self.host(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels)
     else: value = self._calibrated(embeddings, labels, proxies)
@@ -128,17 +131,21 @@ def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Ten
 @patch
 def _calibrated(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
     memory = self.global_center
-    filled_C = pulled_C = memory.filled
-    mean_CD = pull_CD = memory.mean.to(embeddings.dtype)
-    if self.calib_class == "batch":
-        pulled_C = filled_C & torch.zeros_like(filled_C).index_fill(0, labels, True)
-        pull_CD = mean_CD * pulled_C[:, None]
-    sim_BC, distance, unit_BD = self.similarity(embeddings, proxies, mean_CD, filled_C, pull_CD, pulled_C)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference(): self.latest = embeddings.detach(), embeddings._version, unit_BD
+    if self.plain and memory.full: # sums serve as well, over m
+        sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, memory.sum.to(embeddings.dtype), len(proxies), self.proxy_temp, self.center_weight, scale=1/memory.capacity)
+    else:
+        filled_C = pulled_C = memory.filled
+        mean_CD = pull_CD = memory.mean.to(embeddings.dtype)
+        if self.calib_class == "batch":
+            pulled_C = filled_C & torch.zeros_like(filled_C).index_fill(0, labels, True)
+            pull_CD = mean_CD * pulled_C[:, None]
+        sim_BC, distance, unit_BD = self.similarity(embeddings, proxies, mean_CD, filled_C, pull_CD, pulled_C)
+        distance = self.calibrate(proxies, pull_CD, pulled_C, distance)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference(): self.step.latest = embeddings.detach(), embeddings._version, unit_BD
     value = self.host(sim_BC, labels)
-    return torch.add(value, self.calibrate(proxies, pull_CD, pulled_C, distance), alpha=self.calib_lambda) if self.calib_lambda else value
+    return torch.add(value, distance, alpha=self.calib_lambda) if self.calib_lambda else value
 
-# %% ../../nbs/37_losses.calibrate.ipynb #021e40c7
+# %% ../../nbs/37_losses.calibrate.ipynb #ed589c6d
 @patch
 def _push(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor):
     if self.fill_from and self.epoch < self.fill_from: return
@@ -149,10 +156,9 @@ def _push(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor):
 @patch
 def _unit_of(self: CalibrateProxyLoss, embeddings: Tensor) -> Tensor | None:
     "Unit vectors from the latest call, if it got just these numbers and nobody has written over them since."
-    if self.latest is None: return None
-    seen, version, unit_BD = self.latest
-    same = seen.data_ptr() == embeddings.data_ptr() and seen.shape == embeddings.shape and seen.stride() == embeddings.stride() and seen.dtype == embeddings.dtype
-    return unit_BD if same and seen._version == version else None
+    if self.step.latest is None: return None
+    seen, version, unit_BD = self.step.latest
+    return unit_BD if seen._version == version and seen.dtype == embeddings.dtype and seen.is_set_to(embeddings) else None
 
 @patch
 def remember(self: CalibrateProxyLoss,
@@ -161,7 +167,7 @@ def remember(self: CalibrateProxyLoss,
             ):
     "Push a batch into the queues unless it is there; the training loop calls this after the optimiser step."
     if self.enqueue == "after": self._push(embeddings, labels)
-    self.entered, self.latest = False, None
+    self.step.entered, self.step.latest = False, None
 
 # %% ../../nbs/37_losses.calibrate.ipynb #c82a8ae3
 @patch
