@@ -73,7 +73,7 @@ def enqueue(self: ClassQueues,
     length_B1 = check_embeddings(embeddings, self.queue.shape[2])[:, None]
     self.enqueue_unit(embeddings / length_B1.clamp_min(1e-12), labels)
 
-# %% ../nbs/01_memory.ipynb #32c432c9
+# %% ../nbs/01_memory.ipynb #ea332225
 @patch
 @torch.no_grad()
 def enqueue_unit(self: ClassQueues,
@@ -84,26 +84,26 @@ def enqueue_unit(self: ClassQueues,
     C, m, D = self.queue.shape
     check_labels(labels, len(unit_BD))
     if not len(labels): return
-    labels = labels.long()
-    label_B, position_C = labels.cpu().numpy(), self.position.cpu().numpy() # on the CPU the buffer itself
+    labels, position = labels.long(), self.position
+    label_B, position_C = labels.numpy() if labels.is_cpu else labels.cpu().numpy(), position.numpy() if position.is_cpu else position.cpu().numpy() # on the CPU the buffer itself
     order_B = label_B.argsort(kind="stable")
-    if label_B[order_B[0]] < 0 or label_B[order_B[-1]] >= C: check_labels(labels, len(unit_BD), C)
-    arrived_C = np.bincount(label_B, minlength=C)
-    place_B, end_C = np.empty_like(order_B), arrived_C.cumsum()
-    place_B[order_B] = np.arange(len(order_B))
-    if np.maximum.reduce(arrived_C) > m:
-        kept = place_B >= (end_C - m)[label_B]
-        label_B, place_B = label_B[kept], place_B[kept]
-        kept = torch.from_numpy(kept).to(unit_BD.device)
-        unit_BD, labels = unit_BD[kept], labels[kept]
-    next_C = position_C + arrived_C
-    row_B = (next_C - end_C)[label_B]
+    sorted_B, place_B = label_B[order_B], order_B.argsort(kind="stable")
+    if sorted_B[0] < 0 or sorted_B[-1] >= C: check_labels(labels, len(unit_BD), C)
+    edge = sorted_B.searchsorted(np.arange(C + 1))
+    first_C, end_C = edge[:-1], edge[1:]
+    arrived_C = end_C - first_C
+    row_B = (position_C - first_C)[label_B]
     row_B += place_B
     row_B %= m
     row_B += label_B * m
+    most = arrived_C.argmax()
+    if arrived_C[most] > m:
+        kept = place_B >= (end_C - m)[label_B]
+        row_B, kept = row_B[kept], torch.from_numpy(kept).to(unit_BD.device)
+        unit_BD, labels = unit_BD[kept], labels[kept]
     self._replace(torch.from_numpy(row_B), labels, unit_BD)
-    np.remainder(next_C, m, out=position_C)
-    if not self.position.is_cpu: self.position.copy_(torch.from_numpy(position_C))
+    np.remainder(position_C + arrived_C, m, out=position_C)
+    if not position.is_cpu: position.copy_(torch.from_numpy(position_C))
     if not self.full: self._fill(torch.from_numpy(arrived_C))
 
 # %% ../nbs/01_memory.ipynb #7bd15ea1
@@ -112,7 +112,7 @@ def _fill(self: ClassQueues, arrived_C: Tensor):
     self.count.add_(arrived_C.to(self.count.device)).clamp_(max=self.capacity)
     self.full = bool((self.count == self.capacity).all())
 
-# %% ../nbs/01_memory.ipynb #aded63e5
+# %% ../nbs/01_memory.ipynb #36f31942
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."

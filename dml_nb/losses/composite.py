@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .proxy import LARGEST
 from ..memory import ClassQueues
 
-# %% ../../nbs/36d_losses.composite.ipynb #36f01ef4
+# %% ../../nbs/36d_losses.composite.ipynb #b90d0724
 SHORTEST = 1e-12 # as in `unit`: a vector below this length has no direction and gets no gradient
 
 def _across_(grad, z): return grad.addcmul_(z, (grad*z).sum(-1, keepdim=True), value=-1)
