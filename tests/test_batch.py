@@ -229,11 +229,11 @@ def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeyp
     run(["CP + PA K=3"], tmp_path)
     run(["CP + PA K=3"], tmp_path, lr=0.5)  # another request is no change of the recipe
     assert "stale" not in capsys.readouterr().out
-    from dml_nb.experiments import rows
+    from dml_nb.experiments import settings
 
-    changed = json.loads(json.dumps(rows.recipes()))
+    changed = json.loads(json.dumps(settings.recipes()))
     changed["settings"]["finetune/glyphs"]["weight_decay"] = 0.25
-    monkeypatch.setattr(rows, "recipes", lambda: changed)
+    monkeypatch.setattr(settings, "recipes", lambda: changed)
     run(["CP + PA K=3"], tmp_path)
     output = capsys.readouterr().out
     assert len(fake) == 3 and output.count("stale: 002-II/cub-cp-pa-k-3/") == 1 and "the recipe changed: weight_decay 0.0001, now 0.25" in output

@@ -12,22 +12,20 @@ from hypothesis import strategies as st
 import dml_nb
 from dml_nb.experiments.explain import contradictions, describe, explain
 from dml_nb.experiments import rows as rows_module
+from dml_nb.experiments import settings as settings_module
 from dml_nb.experiments.rows import (
     all_rows,
-    check_keys,
     count_printed,
     find_rows,
     find_table,
-    layers,
     missing,
     own_rows,
-    own_setting,
     recipes,
     row_of,
     rows_of,
-    settings_for,
     slug,
 )
+from dml_nb.experiments.settings import check_keys, layers, loss_defaults, own_setting, settings_for
 from dml_nb.losses import create_loss, list_losses
 
 FOLDER = Path(dml_nb.__file__).parent / "experiments"
@@ -288,7 +286,8 @@ def with_all_data(monkeypatch):
     "As if readers for all benchmarks existed."
     from dml_nb.data import list_datasets
 
-    monkeypatch.setattr(rows_module, "list_datasets", lambda: [*list_datasets(), "cars", "sop", "inshop"])
+    for module in (rows_module, settings_module):
+        monkeypatch.setattr(module, "list_datasets", lambda: [*list_datasets(), "cars", "sop", "inshop"])
 
 
 @pytest.mark.parametrize(
@@ -343,7 +342,7 @@ def test_what_an_account_states_is_what_is_run():
 def test_every_stated_default_is_a_parameter_of_its_loss():
     for loss, stated in recipes()["parameters"].items():
         if "*" not in loss:
-            assert loss in list_losses() and set(stated) <= set(rows_module.loss_defaults(loss)), loss
+            assert loss in list_losses() and set(stated) <= set(loss_defaults(loss)), loss
 
 
 def test_guesses_are_marked_for_parameters_of_the_loss():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plan', 'Outcome', 'execute', 'execute_all']
 
-# %% ../../nbs/62_batch.ipynb #57dba6d0
+# %% ../../nbs/62_batch.ipynb #bad6d3c9
 import json
 import os
 from collections import Counter
@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from .cost import cost
 from .job import Job, RunFailed, run_job
 from .records import Damaged, find_same, identity, read_result, run_folder, share, stale_runs, why_stale
-from .rows import Row, check_keys, missing, settings_for
+from .rows import Row, missing
 from .runner import load_data
+from .settings import check_keys, settings_for
 
 # %% ../../nbs/62_batch.ipynb #254981a3
 def _checksum(settings: dict) -> str:

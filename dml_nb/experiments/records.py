@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'INSIDE', 'run_folder', 'Damaged', 'read_result', 'differences', 'why_stale', 'stale_runs', 'identity',
            'find_same', 'share']
 
-# %% ../../nbs/61a_records.ipynb #0675c066
+# %% ../../nbs/61a_records.ipynb #456591f6
 import json
 from hashlib import sha256
 from importlib.metadata import version
@@ -15,7 +15,8 @@ from shutil import copyfile
 
 from packaging.version import InvalidVersion, Version
 
-from .rows import Row, own_setting, row_of, settings_for, slug
+from .rows import Row, row_of, slug
+from .settings import own_setting, settings_for
 from ..files import write_atomically
 
 # %% ../../nbs/61a_records.ipynb #ee2e4d34

@@ -6,7 +6,7 @@
 __all__ = ['RUN', 'load_results', 'interval', 'plus_minus', 'bounds', 'flat', 'known_settings', 'value_of', 'changes', 'in_words',
            'plain_name', 'central', 'variant', 'where', 'section', 'sections', 'computation', 'runs_frame', 'histories']
 
-# %% ../../nbs/63_results.ipynb #9a42f99e
+# %% ../../nbs/63_results.ipynb #42dbaaa4
 import json
 from collections.abc import Iterable
 from functools import cache
@@ -19,7 +19,8 @@ from packaging.version import Version
 from scipy import stats
 
 from .records import read_result
-from .rows import find_table, recipes, row_of, settings_for
+from .rows import find_table, recipes, row_of
+from .settings import settings_for
 from ..losses import core
 from ..similarity import unknown
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_LISTS', 'noisy', 'load_data', 'Run', 'environment', 'peak_memory_mb']
 
-# %% ../../nbs/61_runner.ipynb #560281d7
+# %% ../../nbs/61_runner.ipynb #023739a7
 import json
 import os
 import platform
@@ -27,7 +27,9 @@ from ..checkpoint import Checkpoint, resume
 from ..data import load_dataset
 from ..data.datasets import RetrievalData, cache_root
 from ..data.noise import read_noise_list, symmetric_noise, with_noise
-from .rows import noise_rate, own_setting, row_of
+from .checks import noise_rate
+from .rows import row_of
+from .settings import own_setting
 from ..files import write_atomically
 from ..learner import DMLLearner, dml_learner, feature_dls, image_dls
 from ..losses import create_loss

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trial', 'search_settings', 'rule_for', 'search_row']
 
-# %% ../../nbs/64_search.ipynb #8ee978ae
+# %% ../../nbs/64_search.ipynb #3f6c77ba
 import json
 from itertools import product
 from pathlib import Path
@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from .rows import Row, recipes, settings_for
+from .rows import Row, recipes
 from .runner import Run
+from .settings import settings_for
 from ..files import write_atomically
 from ..similarity import unknown
 
