@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .similarity import check_embeddings, check_labels
 
-# %% ../nbs/01_memory.ipynb #95ee8762
+# %% ../nbs/01_memory.ipynb #e1acf54d
 class ClassQueues(nn.Module):
     "One first-in-first-out queue of detached unit embeddings for each class, with its running sum."
     def __init__(self,
@@ -26,8 +26,8 @@ class ClassQueues(nn.Module):
         super().__init__()
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class.")
         self.capacity = capacity
-        self.full = False # every queue; known here, so that asking costs nothing
-        self.renewal = SimpleNamespace(first=0) # class whose turn is next; `turn` holds it in a state
+        self.known = SimpleNamespace(first=0, # class whose turn of renewal is next; `turn` holds it in a state
+                                     full=False, of=None) # whether all queues are, and the state of `count` for which that was found
         self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size, dtype=dtype))
         self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.long))
@@ -35,14 +35,14 @@ class ClassQueues(nn.Module):
         self.register_buffer("turn", torch.zeros((), dtype=torch.long))
 
     def _save_to_state_dict(self, *args):
-        self.turn.fill_(self.renewal.first)
+        self.turn.fill_(self.known.first)
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state, prefix, *args):
         state.pop(prefix + "square_sum", None) # kept by early versions; it is the count, since entries are unit vectors
         state.setdefault(prefix + "turn", self.turn)
         super()._load_from_state_dict(state, prefix, *args)
-        self.full, self.renewal.first = bool((self.count == self.capacity).all()), int(self.turn)
+        if not self.turn.is_meta: self.known.first = int(self.turn)
         stored = state.get(prefix + "queue", self.queue)
         if stored.dtype != self.queue.dtype: # the entries were rounded; in parts, since a float32 copy of all is what half precision avoids
             for entries, total in zip(self.queue.split(256), self.sum.split(256)): total.copy_(entries.to(self.sum.dtype).sum(1))
@@ -50,11 +50,20 @@ class ClassQueues(nn.Module):
 # %% ../nbs/01_memory.ipynb #a7f487b8
 from fastcore.basics import patch
 
-# %% ../nbs/01_memory.ipynb #3117c0ef
+# %% ../nbs/01_memory.ipynb #d8b56cc4
+@patch(as_prop=True)
+def full(self: ClassQueues) -> bool:
+    "Whether all queues are full."
+    if torch.compiler.is_compiling(): return False # a graph would keep the answer
+    known, state = self.known, (self.count.data_ptr(), self.count._version)
+    if known.of != state: known.full, known.of = bool((self.count == self.capacity).all()), state
+    return known.full
+
+# %% ../nbs/01_memory.ipynb #a5592320
 @patch(as_prop=True)
 def mean(self: ClassQueues) -> Tensor: # (C, D) mean of the entries of each class, 0 for an empty queue
     "Mean embedding of each class: its global centre."
-    return self.sum / self.count.clamp_min(1)[:, None]
+    return self.sum / (self.capacity if self.full else self.count.clamp_min(1)[:, None])
 
 # %% ../nbs/01_memory.ipynb #254f24ab
 @patch(as_prop=True)
@@ -73,7 +82,7 @@ def enqueue(self: ClassQueues,
     length_B1 = check_embeddings(embeddings, self.queue.shape[2])[:, None]
     self.enqueue_unit(embeddings / length_B1.clamp_min(1e-12), labels)
 
-# %% ../nbs/01_memory.ipynb #ea332225
+# %% ../nbs/01_memory.ipynb #321a1055
 @patch
 @torch.no_grad()
 def enqueue_unit(self: ClassQueues,
@@ -104,15 +113,9 @@ def enqueue_unit(self: ClassQueues,
     self._replace(torch.from_numpy(row_B), labels, unit_BD)
     np.remainder(position_C + arrived_C, m, out=position_C)
     if not position.is_cpu: position.copy_(torch.from_numpy(position_C))
-    if not self.full: self._fill(torch.from_numpy(arrived_C))
+    if not self.full: self.count.add_(torch.from_numpy(arrived_C).to(position.device)).clamp_(max=m)
 
-# %% ../nbs/01_memory.ipynb #7bd15ea1
-@patch
-def _fill(self: ClassQueues, arrived_C: Tensor):
-    self.count.add_(arrived_C.to(self.count.device)).clamp_(max=self.capacity)
-    self.full = bool((self.count == self.capacity).all())
-
-# %% ../nbs/01_memory.ipynb #36f31942
+# %% ../nbs/01_memory.ipynb #8f674be7
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
@@ -120,19 +123,20 @@ def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor)
     if not queue.is_cpu: row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
     new, rows = unit_BD.to(queue), queue.view(-1, queue.shape[2])
     old = rows.index_select(0, row_B)
-    number = rows.dtype if rows.shape[1]*rows.itemsize % 16 else torch.complex128
+    wide = queue.is_cpu and new.is_contiguous() and rows.shape[1]*rows.itemsize % 16 == 0 == new.storage_offset()*new.itemsize % 16
+    number = torch.complex128 if wide else rows.dtype
     rows.view(number).index_copy_(0, row_B, new.view(number))
     if queue.dtype != total.dtype: new, old = new.to(total.dtype), old.to(total.dtype)
     total.index_add_(0, class_B, torch.sub(new, old, out=old))
     self._renew()
 
-# %% ../nbs/01_memory.ipynb #e4563dff
+# %% ../nbs/01_memory.ipynb #b5029824
 @patch
 def _renew(self: ClassQueues):
     "Take the sums of the classes whose turn it is afresh."
-    C, renewal = len(self.queue), self.renewal
-    first, pace = renewal.first, 1 + C//512
+    C, known = len(self.queue), self.known
+    first, pace = known.first, 1 + C//512
     if first % (8*pace) == 0:
         last = first + 8*pace
         torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])
-    renewal.first = first + pace if first + pace < C else 0
+    known.first = first + pace if first + pace < C else 0

@@ -25,7 +25,7 @@ OPTIONS = dict(global_reduce=("mean", "softmax", "max"), combine=("sum", "averag
                calib_class=("sum", "mean", "batch"), calib_dim=("sum", "mean"), calib_target=("all", "mean_proxy", "nearest"),
                queue_dtype=("float32", "float16", "bfloat16"), proxy_init=("kaiming", "unit", "class_means"))
 
-# %% ../../nbs/37_losses.calibrate.ipynb #c9645b79
+# %% ../../nbs/37_losses.calibrate.ipynb #4c43a511
 class CalibrateProxyLoss(DMLLoss):
     "CP around a host loss: composite similarity and calibration with the global centre of each class."
     def __init__(self,
@@ -61,8 +61,6 @@ class CalibrateProxyLoss(DMLLoss):
         self.check_idle()
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
         self.exact_gradient = enqueue == "after" # the batch's copy in its queue gets none
-        elsewhere = "proxy_init", "queue_dtype", "enqueue", "empty_queue"
-        self.plain = calib_normalise and all(getattr(self, kind) == options[0] for kind, options in OPTIONS.items() if kind not in elsewhere) # no option needs more than the sums of full queues
         self.step = SimpleNamespace(entered=False, # whether its batch is in the queues
                                     latest=None) # what the latest call got, its version, and its unit vectors
         self.proxies = torch.nn.Parameter(unit(proxies.detach())) if proxy_init == "unit" else proxies
@@ -116,7 +114,7 @@ def calibrate(self: CalibrateProxyLoss,
     if self.calib_class == "mean": distance = distance / pulled_C.sum().clamp_min(1)
     return distance if self.calib_dim == "sum" else distance / proxies.shape[2]
 
-# %% ../../nbs/37_losses.calibrate.ipynb #e96fc801
+# %% ../../nbs/37_losses.calibrate.ipynb #99448152
 @patch
 def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "Eq. 6: the host loss on the composite similarity plus the weighted calibration."
@@ -128,14 +126,19 @@ def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Ten
     else: value = self._calibrated(embeddings, labels, proxies)
     return value + self.regulariser(proxies) if self.regulariser else value
 
+@patch(as_prop=True)
+def plain(self: CalibrateProxyLoss) -> bool:
+    "Whether no option asks which queues are empty, so that full ones need not be looked at."
+    chosen = self.global_reduce, self.combine, self.center, self.calib_class, self.calib_dim, self.calib_target, self.calib_normalise
+    return chosen == ("mean", "sum", "raw", "sum", "sum", "all", True)
+
 @patch
 def _calibrated(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
     memory = self.global_center
-    if self.plain and memory.full: # sums serve as well, over m
-        sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, memory.sum.to(embeddings.dtype), len(proxies), self.proxy_temp, self.center_weight, scale=1/memory.capacity)
+    mean_CD = pull_CD = memory.mean.to(embeddings.dtype)
+    if self.plain and memory.full: sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, mean_CD, len(proxies), self.proxy_temp, self.center_weight)
     else:
         filled_C = pulled_C = memory.filled
-        mean_CD = pull_CD = memory.mean.to(embeddings.dtype)
         if self.calib_class == "batch":
             pulled_C = filled_C & torch.zeros_like(filled_C).index_fill(0, labels, True)
             pull_CD = mean_CD * pulled_C[:, None]

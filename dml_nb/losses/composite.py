@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .proxy import LARGEST
 from ..memory import ClassQueues
 
-# %% ../../nbs/36d_losses.composite.ipynb #b90d0724
+# %% ../../nbs/36d_losses.composite.ipynb #97f9fe30
 SHORTEST = 1e-12 # as in `unit`: a vector below this length has no direction and gets no gradient
 
 def _across_(grad, z): return grad.addcmul_(z, (grad*z).sum(-1, keepdim=True), value=-1)
@@ -23,16 +23,15 @@ def _inverse(length): return (length > SHORTEST) / length
 
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BD, w_CKD, centers_CD, pull_CD, pulled, scale, temp, weight):
+    def forward(ctx, x_BD, w_CKD, centers_CD, pull_CD, counted, temp, weight):
         C, K, D = w_CKD.shape
         x_B1, w_KC1 = _length(x_BD), _length(w_CKD).transpose(0, 1)
         z_BD = x_BD / x_B1
         dense = None if torch.compiler.is_compiling() else w_CKD.new_empty(K, C, D) # a compiler loses track of `out`
         unit_KCD = torch.div(w_CKD.transpose(0, 1), w_KC1, out=dense)
         product = torch.mv(unit_KCD.flatten(1), pull_CD.flatten()).sum()
-        ctx.pull = 2*scale/K
-        distance = torch.rsub(product, 2*pulled, alpha=ctx.pull)
-        shifted_SD = torch.add(unit_KCD, centers_CD, alpha=scale*weight).flatten(0, 1)
+        distance = torch.rsub(product, 2*counted, alpha=2/K)
+        shifted_SD = torch.add(unit_KCD, centers_CD, alpha=weight).flatten(0, 1)
         sim_BKC = torch.addmm(z_BD.new_zeros(()), z_BD, shifted_SD.T, beta=0, alpha=1/temp).view(-1, K, C) # over γ already: a pass less
         share_BKC = sim_BKC.softmax(1)
         sim_BC = (sim_BKC * share_BKC).sum(1)
@@ -46,12 +45,12 @@ class _Composite(torch.autograd.Function):
     def backward(ctx, grad_BC, grad_distance, _):
         z_BD, x_B1, unit_KCD, w_KC1, shifted_SD, pull_CD, factor_BKC = ctx.saved_tensors
         grad_BS = (factor_BKC * grad_BC[:, None]).flatten(1)
-        grad_KCD = (grad_BS.T @ z_BD).view_as(unit_KCD).addcmul_(pull_CD, grad_distance, value=-ctx.pull)
+        grad_KCD = (grad_BS.T @ z_BD).view_as(unit_KCD).addcmul_(pull_CD, grad_distance, value=-2/len(unit_KCD))
         grad_CKD = grad_KCD.new_empty(grad_KCD.transpose(0, 1).shape)
         torch.mul(_across_(grad_KCD, unit_KCD), _inverse(w_KC1), out=grad_CKD.transpose(0, 1))
-        return _across_(grad_BS @ shifted_SD, z_BD).mul_(_inverse(x_B1)), grad_CKD, None, None, None, None, None, None
+        return _across_(grad_BS @ shifted_SD, z_BD).mul_(_inverse(x_B1)), grad_CKD, None, None, None, None, None
 
-# %% ../../nbs/36d_losses.composite.ipynb #59a5321a
+# %% ../../nbs/36d_losses.composite.ipynb #93b60e63
 def composite_similarity(embeddings: Tensor, # (B, D)
                          proxies: Tensor, # (C, K, D)
                          centers_CD: Tensor, # (C, D) global centres, 0 for a class without
@@ -59,10 +58,9 @@ def composite_similarity(embeddings: Tensor, # (B, D)
                          temp: float = 1., # γ of the softmax over the K proxies of a class
                          weight: float = 1., # weight of the global centre
                          pull_CD: Tensor | None = None, # (C, D) global centres for calibration, if others
-                         scale: float = 1., # factor of both: 1/m where sums over full queues are given
                         ) -> tuple[Tensor, Tensor, Tensor]: # (B, C) similarity, scalar calibration of unit proxies, (B, D) unit embeddings without gradient
     "Similarity with proxies and global centre, their sum (CP Eqs. 2, 3 and 5), and their mean squared distance (Eq. 4)."
-    def part(x_BD): return _Composite.apply(x_BD, proxies, centers_CD, centers_CD if pull_CD is None else pull_CD, counted, scale, temp, weight)
+    def part(x_BD): return _Composite.apply(x_BD, proxies, centers_CD, centers_CD if pull_CD is None else pull_CD, counted, temp, weight)
     rows = max(1, LARGEST // (proxies.shape[0]*proxies.shape[1]))
     if len(embeddings) <= rows: return part(embeddings)
     sims, distances, units = zip(*(checkpoint(part, x_BD, use_reentrant=False) for x_BD in embeddings.split(rows)))
