@@ -50,7 +50,7 @@ def parse_seeds(text: str, # "0,1,2"
     if not all(s.strip().isdecimal() for s in seeds): raise ValueError(f"--seeds wants whole numbers separated by commas, got {text!r}: for instance --seeds 0,1,2.")
     return [int(s) for s in seeds]
 
-# %% ../nbs/70_cli.ipynb #1f6d8510
+# %% ../nbs/70_cli.ipynb #9a1f093d
 def _listed(row) -> str:
     "A row in two lines: what is claimed, and whether it can run."
     from dml_nb.experiments.rows import missing
@@ -67,7 +67,14 @@ def _counted(rows: list) -> str:
             f"{part} on some of their data sets, {printed - whole - part} not. By data set and noise: {len(rows)} rows, "
             f"{sum(missing(row) is None for row in rows)} can run here. Claimed values are the papers', in percent.")
 
-# %% ../nbs/70_cli.ipynb #d99401ca
+def _absent(rows: list) -> list[str]:
+    "A sentence for each data set that the rows can be run on, but not before its files are on this machine."
+    from dml_nb.data.datasets import is_here
+    from dml_nb.experiments.rows import missing
+    names = dict.fromkeys(row.dataset for row in rows if missing(row) is None)
+    return [f"{name} is not on this machine: dml_nb data {name} says how to get it." for name in names if not is_here(name)]
+
+# %% ../nbs/70_cli.ipynb #f89a01dd
 Out = Annotated[Path, typer.Option(help="Top folder of results.")]
 
 @app.command(epilog="Example: dml_nb rows II; all about one row: dml_nb rows 002-II/cub-cp-pa-k-3")
@@ -80,7 +87,7 @@ def rows(what: Annotated[Optional[str], typer.Argument(help="A table, such as II
         chosen = list(all_rows().values()) if what is None else find_rows(what)
     except ValueError as e: fail(e)
     for row in chosen: typer.echo(_listed(row))
-    typer.echo(_counted(chosen))
+    typer.echo(" ".join([_counted(chosen), *_absent(chosen)]))
 
 # %% ../nbs/70_cli.ipynb #5e0d46de
 def _cluster(address, **options):

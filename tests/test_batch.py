@@ -207,13 +207,65 @@ def test_another_seed_setting_or_backbone_is_another_run(fake, tmp_path):
     assert len(fake) == 5
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[1]", lambda text: '{"row": 1}'])
+def change(part, value):
+    "A change of one part of a result's text."
+    return lambda text: json.dumps(json.loads(text) | {part: value})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[1]",
+        lambda text: '{"row": 1}',
+        change("best", {"epoch": 0, "R@1": 0.5}),
+        change("best", {"epoch": 1}),
+        change("last", {"epoch": 0, "R@1": "x", "MAP@R": 0.25}),
+    ],
+)
 def test_a_damaged_result_is_set_aside_and_run_again(fake, tmp_path, capsys, damage):
     (folder,), _ = run(["CP + PA K=3"], tmp_path)
     (folder / "result.json").write_text(damage((folder / "result.json").read_text()))
     run(["CP + PA K=3"], tmp_path)
     assert len(fake) == 2 and "is damaged" in capsys.readouterr().out
     assert records.read_result(folder / "result.json") and (folder / "result.stale.json").exists()
+
+
+def test_a_run_without_its_history_counts_but_is_not_shared(fake, tmp_path):
+    rows = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"]
+    (first,), _ = run(rows[:1], tmp_path)
+    (first / "history.csv").unlink()
+    done, failed = run(rows, tmp_path)  # the second row has nothing to share, so it is run
+    assert not failed and fake == [rows[0], rows[1], find_rows(rows[2])[0].id]
+    assert done[0] == first and (done[1] / "history.csv").exists() and "shared_with" not in records.read_result(done[1] / "result.json")
+    (done[1] / "history.csv").unlink()
+    assert not run(rows, tmp_path)[1] and len(fake) == 3
+
+
+def test_a_file_that_cannot_be_read_or_written_fails_one_row(fake, tmp_path, monkeypatch, capsys):
+    shared = batch.share
+
+    def gone(folder, row, out):
+        raise FileNotFoundError(2, "No such file or directory", str(folder / "history.csv"))
+
+    monkeypatch.setattr(batch, "share", gone)
+    names = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"]
+    done, (failed,) = run(names, tmp_path)
+    assert len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command goes on" in str(failed)
+    assert "1 done, 1 failed" in capsys.readouterr().out
+    monkeypatch.setattr(batch, "share", shared)
+    assert len(run(names, tmp_path)[0]) == 3 and len(fake) == 2
+
+
+def test_a_disk_that_fills_while_a_run_is_shared_stops_the_batch(fake, tmp_path, monkeypatch):
+    def full(folder, row, out):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(batch, "share", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"], tmp_path)
+    assert len(fake) == 1
 
 
 def test_a_result_of_a_newer_version_is_not_touched(fake, tmp_path):

@@ -248,6 +248,10 @@ def test_command_writes_every_form_and_names_bad_files(shell, tmp_path):
     for text, word in (('{"row"', "is damaged"), ("[]", "is damaged"), (json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(environment=dict(dml_nb="99.0"))), "was written by dml_nb 99.0")):
         bad.write_text(text)
         assert word in shell("report", "II", status=1)
+    bad.unlink()
+    bad.write_text(json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(last={"epoch": 0, "R@1": "x", "MAP@R": 0.1})))
+    output = shell("report", "II", status=1)
+    assert "bad/seed0/result.json is damaged (no number in last.R@1)" in output and "run its row again" in output
 
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

@@ -218,6 +218,18 @@ def test_rows_are_listed_counted_and_explained(shell, args, message):
     assert message in shell(*args)
 
 
+def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatch):
+    sentence = "cub is not on this machine: dml_nb data cub says how to get it."
+    monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
+    output = shell("rows", "II")
+    assert output.count("not on this machine") == 1 and sentence in output and "unpack CUB_200_2011.tgz" in shell("data", "cub", status=1)
+    assert "not on this machine" not in shell("rows", "own")  # on glyphs, which come with the package
+    (tmp_path / "CUB_200_2011").mkdir()
+    for name in ("images.txt", "image_class_labels.txt"):
+        (tmp_path / "CUB_200_2011" / name).touch()
+    assert sentence not in shell("rows", "II")
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_address', 'connected', 'Cluster']
 
-# %% ../../nbs/62a_cluster.ipynb #26c1f0e1
+# %% ../../nbs/62a_cluster.ipynb #0f2f0584
 import os
 import shutil
 import socket
@@ -19,7 +19,7 @@ from tempfile import NamedTemporaryFile, mkdtemp
 
 from fastcore.basics import patch
 
-from .batch import execute
+from .batch import attempt
 from .job import Job, RunFailed, write_failure
 from .records import run_folder
 
@@ -68,16 +68,15 @@ def _connect(ray, address: str, patience: float, options: dict):
     if done.returncode: raise ValueError(f"the cluster at {address} cannot be used from here: {(done.stderr.strip().splitlines() or ['it closed the connection'])[-1]}")
     ray.init(address, **options)
 
-# %% ../../nbs/62a_cluster.ipynb #4481c79a
+# %% ../../nbs/62a_cluster.ipynb #98a5ac15
 def _work(number: int, job: Job, out: str, token: str, retries: int, environment: dict, board):
     "What a worker does: say where it is, check that it sees the results, run the job."
     where = f"{socket.gethostname()} (process {os.getpid()})"
     board.tell.remote(number, where)
     if not Path(out, ".locks", token).exists(): return f"{job.rows[0].id}, seed {job.seed}: {where} does not see {out}: the results must be on storage that all machines share."
     os.environ |= environment
-    try: return execute(job, out, retries, lambda text: board.tell.remote(number, where, text))
-    except RunFailed as e: return str(e)
-    except ValueError as e: return f"{job.rows[0].id}, seed {job.seed}: {e}"
+    done = attempt(job, Path(out), retries, lambda text: board.tell.remote(number, where, text))
+    return str(done) if isinstance(done, RunFailed) else done
 
 class _Board:
     "What workers told, in order."

@@ -78,7 +78,7 @@ def once(frame: pd.DataFrame, # from `entrants` or `histories`
     first = frame.groupby(["block", "method"]).row.transform("first")
     return frame.assign(method=frame.method.where(frame.row == first, frame.method + ", " + frame.table)) # the same name, but another run
 
-# %% ../../nbs/63c_plots.ipynb #539a28c3
+# %% ../../nbs/63c_plots.ipynb #c10b88ef
 def _grid(heights: list[float], width: float = 5.6) -> tuple[Figure, list[Axes]]:
     "Panels of these heights, three in a row; a row is as high as its highest panel."
     n, columns = len(heights), min(3, len(heights))
@@ -99,12 +99,13 @@ def _lines(frame: pd.DataFrame, x: str, xlabel: str, ylabel: str, most: int = 10
     fig, axes = _grid([3.3]*len(blocks))
     for ax, block in zip(axes, blocks):
         part = frame[frame.block == block]
-        best = list(part.groupby("method").value.mean().nlargest(most).index)
+        means = part.groupby("method").value.mean()
+        best = list(means.nlargest(most).index)
         part = part[part.method.isin(best)]
         sns.lineplot(part, x=x, y="value", hue="method", style="method", hue_order=best, style_order=best, palette="tab10",
                      dashes=False, markers=markers, errorbar=bounds, err_kws=dict(alpha=.15), ax=ax)
         _cut(ax, part.groupby(["method", x]).value.mean())
-        ax.set_title(block, fontsize=9)
+        ax.set_title(block + (f"\nthe {len(best)} best of {len(means)} methods" if len(means) > len(best) else ""), fontsize=9)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.grid(alpha=.3)
         ax.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False, fontsize=7)

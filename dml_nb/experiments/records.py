@@ -32,10 +32,10 @@ def run_folder(out: str | Path, # top folder of results
 def _setting_name(settings: dict) -> str:
     return f"{slug(Path(settings['dataset']).name)}-{settings['backbone']}-{settings['regime']}"
 
-# %% ../../nbs/61a_records.ipynb #9616d352
+# %% ../../nbs/61a_records.ipynb #ca9e8de6
 KINDS = dict(row=str, method=str, table=str, seed=int, settings=dict, best=dict, last=dict, claimed=dict, own_setting=bool,
              seconds=dict, environment=dict, data_checksum=str) # what a result holds
-INSIDE = dict(settings=("dataset", "backbone", "regime", "loss", "epochs", "recall_at", "params"), best=("epoch",), last=("epoch",),
+INSIDE = dict(settings=("dataset", "backbone", "regime", "loss", "epochs", "recall_at", "params"), best=("epoch", "MAP@R"), last=("epoch", "MAP@R"),
               seconds=("train", "evaluate", "fit", "notebook"), environment=("dml_nb",)) # what parts of it must hold
 
 class Damaged(ValueError): "A result file that is cut short or no result at all."
@@ -44,7 +44,19 @@ def _wrong(result) -> list[str]: # what is absent or of another kind
     "What is not as it should be in a result."
     if not isinstance(result, dict): return list(KINDS)
     found = [key for key, kind in KINDS.items() if not isinstance(result.get(key), kind)]
-    return found + [f"{key}.{name}" for key, names in INSIDE.items() if key not in found for name in names if name not in result[key]]
+    found += [f"{key}.{name}" for key, names in INSIDE.items() if key not in found for name in names if name not in result[key]]
+    return found or _unmeasured(result)
+
+def _unmeasured(result: dict) -> list[str]:
+    "Values of `best` and `last` that are absent or no numbers; NaN is one, of a loss that diverged."
+    at = result["settings"]["recall_at"]
+    if not isinstance(at, list) or not at: return ["list of numbers in settings.recall_at"]
+    leads, found = (f"R@{at[0]}", "MAP@R"), []
+    for part in ("best", "last"):
+        found += [f"{part}.{name}" for name in leads if name not in result[part]]
+        found += [f"number in {part}.{name}" for name, value in result[part].items()
+                  if not isinstance(value, (int, float)) or isinstance(value, bool) or name in leads and abs(value) == float("inf")]
+    return found
 
 def read_result(path: str | Path, # a `result.json`
                ) -> dict: # its content
@@ -103,7 +115,7 @@ def _record(path: Path) -> dict:
     except (OSError, ValueError): return {}
     return record if isinstance(record, dict) else {}
 
-# %% ../../nbs/61a_records.ipynb #e2774a24
+# %% ../../nbs/61a_records.ipynb #345aa7ba
 def identity(settings: dict, # from `settings_for`
              seed: int, # of the run
             ) -> str: # 16 hex digits
@@ -115,10 +127,10 @@ def find_same(out: str | Path, # top folder of results
               seed: int, # of the run
               checksum: str | None = None, # of the data
              ) -> Path | None: # folder of a finished run that computed just this
-    "A finished run of any row with these settings and this seed."
+    "A finished run of any row with these settings and this seed, with the files that `share` copies."
     for path in sorted(Path(out).glob(f"*/*/{_setting_name(settings)}-*/seed{seed}/params.json")):
         record = _record(path)
-        if record.get("settings") != settings or record.get("version") != version("dml_nb"): continue
+        if record.get("settings") != settings or record.get("version") != version("dml_nb") or not (path.parent/"history.csv").is_file(): continue
         try: result = read_result(path.parent/"result.json")
         except ValueError: continue
         if "shared_with" not in result and result["settings"] == settings and (checksum is None or result["data_checksum"] == checksum): return path.parent
