@@ -674,8 +674,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'dml_nb/losses/composite.py'),
                                          'dml_nb.losses.composite._across_': ( 'losses.composite.html#_across_',
                                                                                'dml_nb/losses/composite.py'),
-                                         'dml_nb.losses.composite._inverse': ( 'losses.composite.html#_inverse',
-                                                                               'dml_nb/losses/composite.py'),
                                          'dml_nb.losses.composite._length': ('losses.composite.html#_length', 'dml_nb/losses/composite.py'),
                                          'dml_nb.losses.composite.calibration': ( 'losses.composite.html#calibration',
                                                                                   'dml_nb/losses/composite.py'),

@@ -59,11 +59,11 @@ def full(self: ClassQueues) -> bool:
     if known.of != state: known.full, known.of = bool((self.count == self.capacity).all()), state
     return known.full
 
-# %% ../nbs/01_memory.ipynb #a5592320
+# %% ../nbs/01_memory.ipynb #c16f7001
 @patch(as_prop=True)
 def mean(self: ClassQueues) -> Tensor: # (C, D) mean of the entries of each class, 0 for an empty queue
     "Mean embedding of each class: its global centre."
-    return self.sum / (self.capacity if self.full else self.count.clamp_min(1)[:, None])
+    return self.sum / self.count.clamp_min(1)[:, None]
 
 # %% ../nbs/01_memory.ipynb #254f24ab
 @patch(as_prop=True)

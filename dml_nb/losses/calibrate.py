@@ -114,7 +114,7 @@ def calibrate(self: CalibrateProxyLoss,
     if self.calib_class == "mean": distance = distance / pulled_C.sum().clamp_min(1)
     return distance if self.calib_dim == "sum" else distance / proxies.shape[2]
 
-# %% ../../nbs/37_losses.calibrate.ipynb #99448152
+# %% ../../nbs/37_losses.calibrate.ipynb #5a0a4bb2
 @patch
 def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "Eq. 6: the host loss on the composite similarity plus the weighted calibration."
@@ -135,8 +135,9 @@ def plain(self: CalibrateProxyLoss) -> bool:
 @patch
 def _calibrated(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
     memory = self.global_center
-    mean_CD = pull_CD = memory.mean.to(embeddings.dtype)
-    if self.plain and memory.full: sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, mean_CD, len(proxies), self.proxy_temp, self.center_weight)
+    full = self.plain and memory.full
+    mean_CD = pull_CD = (memory.sum / memory.capacity if full else memory.mean).to(embeddings.dtype)
+    if full: sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, mean_CD, len(proxies), self.proxy_temp, self.center_weight)
     else:
         filled_C = pulled_C = memory.filled
         if self.calib_class == "batch":

@@ -14,12 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from .proxy import LARGEST
 from ..memory import ClassQueues
 
-# %% ../../nbs/36d_losses.composite.ipynb #97f9fe30
-SHORTEST = 1e-12 # as in `unit`: a vector below this length has no direction and gets no gradient
+# %% ../../nbs/36d_losses.composite.ipynb #e03c61ac
+SHORTEST = 1e-12 # a vector below this length has no direction: its unit vector is 0, and it gets no gradient
 
 def _across_(grad, z): return grad.addcmul_(z, (grad*z).sum(-1, keepdim=True), value=-1)
-def _length(x): return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST)
-def _inverse(length): return (length > SHORTEST) / length
+def _length(x): return torch.threshold_(torch.linalg.vector_norm(x, dim=-1, keepdim=True), SHORTEST, torch.inf)
 
 class _Composite(torch.autograd.Function):
     @staticmethod
@@ -32,10 +31,12 @@ class _Composite(torch.autograd.Function):
         product = torch.mv(unit_KCD.flatten(1), pull_CD.flatten()).sum()
         distance = torch.rsub(product, 2*counted, alpha=2/K)
         shifted_SD = torch.add(unit_KCD, centers_CD, alpha=weight).flatten(0, 1)
-        sim_BKC = torch.addmm(z_BD.new_zeros(()), z_BD, shifted_SD.T, beta=0, alpha=1/temp).view(-1, K, C) # over γ already: a pass less
+        sim_BS = z_BD @ shifted_SD.T if temp == 1 else torch.addmm(z_BD.new_zeros(()), z_BD, shifted_SD.T, beta=0, alpha=1/temp) # over γ already: a pass less
+        sim_BKC = sim_BS.view(-1, K, C)
         share_BKC = sim_BKC.softmax(1)
-        sim_BC = (sim_BKC * share_BKC).sum(1)
-        factor_BKC = sim_BKC.sub_((sim_BC - 1)[:, None]).mul_(share_BKC)
+        factor_BKC = sim_BKC.mul_(share_BKC)
+        sim_BC = factor_BKC.sum(1)
+        factor_BKC.addcmul_(share_BKC, (1 - sim_BC)[:, None])
         ctx.save_for_backward(z_BD, x_B1, unit_KCD, w_KC1, shifted_SD, pull_CD, factor_BKC)
         ctx.mark_non_differentiable(z_BD)
         return sim_BC if temp == 1 else sim_BC.mul_(temp), distance, z_BD
@@ -47,8 +48,8 @@ class _Composite(torch.autograd.Function):
         grad_BS = (factor_BKC * grad_BC[:, None]).flatten(1)
         grad_KCD = (grad_BS.T @ z_BD).view_as(unit_KCD).addcmul_(pull_CD, grad_distance, value=-2/len(unit_KCD))
         grad_CKD = grad_KCD.new_empty(grad_KCD.transpose(0, 1).shape)
-        torch.mul(_across_(grad_KCD, unit_KCD), _inverse(w_KC1), out=grad_CKD.transpose(0, 1))
-        return _across_(grad_BS @ shifted_SD, z_BD).mul_(_inverse(x_B1)), grad_CKD, None, None, None, None, None
+        torch.div(_across_(grad_KCD, unit_KCD), w_KC1, out=grad_CKD.transpose(0, 1))
+        return _across_(grad_BS @ shifted_SD, z_BD).div_(x_B1), grad_CKD, None, None, None, None, None
 
 # %% ../../nbs/36d_losses.composite.ipynb #93b60e63
 def composite_similarity(embeddings: Tensor, # (B, D)
