@@ -50,11 +50,11 @@ class ClassQueues(nn.Module):
 # %% ../nbs/01_memory.ipynb #a7f487b8
 from fastcore.basics import patch
 
-# %% ../nbs/01_memory.ipynb #d8b56cc4
+# %% ../nbs/01_memory.ipynb #24744014
 @patch(as_prop=True)
 def full(self: ClassQueues) -> bool:
     "Whether all queues are full."
-    if torch.compiler.is_compiling(): return False # a graph would keep the answer
+    if torch.compiler.is_compiling() or self.count.is_inference(): return False # a graph would keep the answer, and no changes are counted
     known, state = self.known, (self.count.data_ptr(), self.count._version)
     if known.of != state: known.full, known.of = bool((self.count == self.capacity).all()), state
     return known.full
@@ -115,7 +115,7 @@ def enqueue_unit(self: ClassQueues,
     if not position.is_cpu: position.copy_(torch.from_numpy(position_C))
     if not self.full: self.count.add_(torch.from_numpy(arrived_C).to(position.device)).clamp_(max=m)
 
-# %% ../nbs/01_memory.ipynb #8f674be7
+# %% ../nbs/01_memory.ipynb #3afc962c
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
@@ -123,7 +123,7 @@ def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor)
     if not queue.is_cpu: row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
     new, rows = unit_BD.to(queue), queue.view(-1, queue.shape[2])
     old = rows.index_select(0, row_B)
-    wide = queue.is_cpu and new.is_contiguous() and rows.shape[1]*rows.itemsize % 16 == 0 == new.storage_offset()*new.itemsize % 16
+    wide = queue.is_cpu and new.is_contiguous() and all(n*new.itemsize % 16 == 0 for n in (rows.shape[1], new.stride(0), new.storage_offset()))
     number = torch.complex128 if wide else rows.dtype
     rows.view(number).index_copy_(0, row_B, new.view(number))
     if queue.dtype != total.dtype: new, old = new.to(total.dtype), old.to(total.dtype)

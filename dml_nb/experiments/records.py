@@ -32,7 +32,7 @@ def run_folder(out: str | Path, # top folder of results
 def _setting_name(settings: dict) -> str:
     return f"{slug(Path(settings['dataset']).name)}-{settings['backbone']}-{settings['regime']}"
 
-# %% ../../nbs/61a_records.ipynb #ca9e8de6
+# %% ../../nbs/61a_records.ipynb #e473f115
 KINDS = dict(row=str, method=str, table=str, seed=int, settings=dict, best=dict, last=dict, claimed=dict, own_setting=bool,
              seconds=dict, environment=dict, data_checksum=str) # what a result holds
 INSIDE = dict(settings=("dataset", "backbone", "regime", "loss", "epochs", "recall_at", "params"), best=("epoch", "MAP@R"), last=("epoch", "MAP@R"),
@@ -44,6 +44,7 @@ def _wrong(result) -> list[str]: # what is absent or of another kind
     "What is not as it should be in a result."
     if not isinstance(result, dict): return list(KINDS)
     found = [key for key, kind in KINDS.items() if not isinstance(result.get(key), kind)]
+    if not isinstance(result.get("shared_with", ""), str): found.append("shared_with") # absent where the run is the row's own
     found += [f"{key}.{name}" for key, names in INSIDE.items() if key not in found for name in names if name not in result[key]]
     return found or _unmeasured(result)
 
