@@ -26,10 +26,10 @@ from time import perf_counter
 
 import torch
 
-from dml_nb.losses.calibrate import CalibrateProxyLoss
+from dml_nb.losses.calibrate_proxy import CalibrateProxyLoss
 from dml_nb.losses.calibrate_hosts import calibrate
-from dml_nb.losses.proxy import multi_proxy_similarity
-from dml_nb.similarity import unit
+from dml_nb.losses.proxy_anchor import multi_proxy_similarity
+from dml_nb.core.similarity import unit
 
 B, D, K, CAPACITY = 150, 512, 3, 30
 TARGET = 1.15

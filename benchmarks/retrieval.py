@@ -62,7 +62,7 @@ def ours(x, y, recall_at):
 def plain(x, y, recall_at):
     "Ours on a processor without bfloat16."
     from dml_nb.retrieval import metrics
-    from dml_nb.retrieval.ranks import Ranker
+    from dml_nb.retrieval.ranker import Ranker
 
     both = metrics.each_query(x, y, recall_at=recall_at, ranker=Ranker(x, precision="float32"))
     return {name: v.nanmean().item() for name, v in both["optimistic"].items()}

@@ -41,7 +41,7 @@ def shell(tmp_path, monkeypatch):
     "The same command inside this process, which saves importing torch each time."
     from typer.testing import CliRunner
 
-    from dml_nb.cli import app
+    from dml_nb.face.cli import app
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "cache"))

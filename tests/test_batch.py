@@ -16,9 +16,9 @@ import psutil
 import pytest
 import torch
 
-from dml_nb.experiments import batch, records
-from dml_nb.experiments import job as job_module
-from dml_nb.experiments.rows import find_rows
+from dml_nb.experiments import batch, run_store as records
+from dml_nb.experiments import notebook_job as job_module
+from dml_nb.experiments.tables import find_rows
 
 SMALL = dict(backbone="small_cnn", embedding_size=32, batch_size=24, lr=0.001)
 TINY = ["--backbone", "small_cnn", "--set", "embedding_size=32", "--set", "batch_size=24", "--set", "lr=0.001"]
@@ -281,7 +281,7 @@ def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeyp
     run(["CP + PA K=3"], tmp_path)
     run(["CP + PA K=3"], tmp_path, lr=0.5)  # another request is no change of the recipe
     assert "stale" not in capsys.readouterr().out
-    from dml_nb.experiments import settings
+    from dml_nb.experiments import recipes as settings
 
     changed = json.loads(json.dumps(settings.recipes()))
     changed["settings"]["finetune/glyphs"]["weight_decay"] = 0.25
@@ -365,7 +365,7 @@ def nodes():
 
 @needs_ray
 def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(glyph_folder, tmp_path, nodes, monkeypatch, capsys):
-    from dml_nb.experiments.cluster import Cluster
+    from dml_nb.experiments.ray_cluster import Cluster
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "cache"))

@@ -24,7 +24,7 @@ def test_losses_need_no_fastai():
 
 
 def test_help_needs_no_torch():
-    assert python("import sys, dml_nb.cli; print('torch' in sys.modules)") == "False"
+    assert python("import sys, dml_nb.face.cli; print('torch' in sys.modules)") == "False"
 
 
 def test_every_module_imports_without_the_optional_packages():

@@ -6,13 +6,13 @@ from inspect import signature
 import pytest
 import torch
 
-from dml_nb.golden import fixture, golden
-from dml_nb.learner import dml_learner, feature_dls
-from dml_nb.losses import core, create_loss, deviation, list_losses
-from dml_nb.losses.mining import list_miners
-from dml_nb.losses.pairwise import PairLoss, to_indices
+from dml_nb.core.golden import fixture, golden
+from dml_nb.training.learner import dml_learner, feature_dls
+from dml_nb.losses import base as core, create_loss, deviation, list_losses
+from dml_nb.losses.miners import list_miners
+from dml_nb.losses.pair_base import PairLoss, to_indices
 from dml_nb.models.embedder import EmbeddingHead
-from dml_nb.similarity import match_masks
+from dml_nb.core.similarity import match_masks
 
 C, D = 7, 16
 SCHEDULED = {"start_epoch": 0, "start_iteration": 0}

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dml_nb.cross_batch import CrossBatchMemory
-from dml_nb.learner import LossState, dml_learner, feature_dls
+from dml_nb.core.batch_memory import CrossBatchMemory
+from dml_nb.training.learner import LossState, dml_learner, feature_dls
 from dml_nb.losses import create_loss, list_losses
-from dml_nb.losses.core import takes_ids
-from dml_nb.losses.pairwise import PairLoss
+from dml_nb.losses.base import takes_ids
+from dml_nb.losses.pair_base import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
-from dml_nb.similarity import gather, own_rows
+from dml_nb.core.similarity import gather, own_rows
 
 C, D, B = 6, 8, 12
 MEMORY_LOSSES = {

@@ -15,15 +15,15 @@ import torch.multiprocessing as mp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dml_nb.golden import fixture, golden
+from dml_nb.core.golden import fixture, golden
 from dml_nb.retrieval import metrics as metrics_module
-from dml_nb.retrieval.clusters import class_distances, cluster_agreement, kmeans, spectrum
-from dml_nb.retrieval.analysis import intervals, per_class, per_query
+from dml_nb.retrieval.clustering import class_distances, cluster_agreement, kmeans, spectrum
+from dml_nb.retrieval.per_query import intervals, per_class, per_query
 from dml_nb.retrieval.kreciprocal import KReciprocal
 from dml_nb.retrieval.metrics import Positives, each_query, encode_labels, evaluate
-from dml_nb.retrieval.ranks import Ranker
+from dml_nb.retrieval.ranker import Ranker
 from dml_nb.retrieval.rerank import rerank_report
-from dml_nb.similarity import unit
+from dml_nb.core.similarity import unit
 
 K = (1, 2, 3, 4, 8, 50)
 RULES = ("optimistic", "pessimistic")
@@ -548,7 +548,7 @@ def test_gpu_equals_cpu(name, long):
 
 MEMORY = """
 import torch
-from dml_nb.retrieval.analysis import per_query
+from dml_nb.retrieval.per_query import per_query
 from dml_nb.retrieval.expansion import expand
 from dml_nb.retrieval.metrics import evaluate
 
@@ -588,7 +588,7 @@ def test_ranker_of_another_class_is_taken():
 
 
 def short_run(rank=0):
-    from dml_nb.learner import dml_learner, feature_dls
+    from dml_nb.training.learner import dml_learner, feature_dls
     from dml_nb.losses import create_loss
     from dml_nb.models.embedder import EmbeddingHead
 

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-from dml_nb.golden import fixture
+from dml_nb.core.golden import fixture
 from dml_nb.losses import create_loss
-from dml_nb.losses.mining import create_miner
-from dml_nb.losses.pairwise import to_masks
+from dml_nb.losses.miners import create_miner
+from dml_nb.losses.pair_base import to_masks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

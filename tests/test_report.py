@@ -16,12 +16,12 @@ from scipy import stats
 from dml_nb.experiments import compare
 from dml_nb.experiments.compare import CLAIMED, OWN, RANK, side_by_side
 from dml_nb.experiments.forms import styled, to_html, to_markdown
-from dml_nb.experiments.paired import agreement, holm, paired, paired_tests, variant_tests
+from dml_nb.experiments.statistics import agreement, holm, paired, paired_tests, variant_tests
 from dml_nb.experiments.parts import parts
 from dml_nb.experiments.report import load_results, write_report
 from dml_nb.experiments.results import interval, runs_frame
-from dml_nb.experiments.rows import all_rows, missing, row_of
-from dml_nb.experiments.settings import settings_for
+from dml_nb.experiments.tables import all_rows, missing, row_of
+from dml_nb.experiments.recipes import settings_for
 
 ROOT = Path(__file__).parents[1]
 FROZEN = dict(dataset="cub", backbone="efficientnet_lite0", regime="frozen")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dml_nb
-from dml_nb.experiments.explain import contradictions, describe, explain
-from dml_nb.experiments import rows as rows_module
-from dml_nb.experiments import settings as settings_module
-from dml_nb.experiments.rows import (
+from dml_nb.experiments.provenance import contradictions, describe, explain
+from dml_nb.experiments import tables as rows_module
+from dml_nb.experiments import recipes as settings_module
+from dml_nb.experiments.tables import (
     all_rows,
     count_printed,
     find_rows,
@@ -25,7 +25,7 @@ from dml_nb.experiments.rows import (
     rows_of,
     slug,
 )
-from dml_nb.experiments.settings import check_keys, layers, loss_defaults, own_setting, settings_for
+from dml_nb.experiments.recipes import check_keys, layers, loss_defaults, own_setting, settings_for
 from dml_nb.losses import create_loss, list_losses
 
 FOLDER = Path(dml_nb.__file__).parent / "experiments"

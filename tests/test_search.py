@@ -9,11 +9,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dml_nb.retrieval.bounds import METRICS, fast_dtype
-from dml_nb.retrieval.ranks import Ranker, block_maxima
-from dml_nb.retrieval.search import search
-from dml_nb.retrieval.shards import merge_shards, search_shard, search_sharded
-from dml_nb.similarity import unit
+from dml_nb.retrieval.exact_scores import METRICS, fast_dtype
+from dml_nb.retrieval.ranker import Ranker, block_maxima
+from dml_nb.retrieval.exact_search import search
+from dml_nb.retrieval.sharded import merge_shards, search_shard, search_sharded
+from dml_nb.core.similarity import unit
 
 CPU = torch.device("cpu")
 HAS_BF16 = fast_dtype(CPU) == torch.bfloat16
@@ -241,7 +241,7 @@ def test_memory_is_bounded(what):
     "A full matrix of the first scores takes 576 MB, the ties of the second 1.1 GB in 64-bit keys and scores."
     code = f"""if True:
     import re, torch
-    from dml_nb.retrieval.search import search
+    from dml_nb.retrieval.exact_search import search
     x = {what}
     query, gallery = x if isinstance(x, tuple) else (x, x)
     search(query[:300], query[:300], 3)

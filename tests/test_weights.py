@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from dml_nb.models.bninception import BNInception, bn_inception_weights
+from dml_nb.models.bn_inception import BNInception, bn_inception_weights
 
 
 def checkpoint(folder, change=lambda state: state, **save_options):
