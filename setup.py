@@ -1,4 +1,5 @@
 "Reads every piece of metadata from settings.ini and ships the papermill templates inside the package."
+
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copy2

@@ -26,10 +26,10 @@ from time import perf_counter
 
 import torch
 
-from dml_nb.losses.calibrate_proxy import CalibrateProxyLoss
-from dml_nb.losses.calibrate_hosts import calibrate
-from dml_nb.losses.proxy_anchor import multi_proxy_similarity
 from dml_nb.core.similarity import unit
+from dml_nb.losses.calibrate_hosts import calibrate
+from dml_nb.losses.calibrate_proxy import CalibrateProxyLoss
+from dml_nb.losses.proxy_anchor import multi_proxy_similarity
 
 B, D, K, CAPACITY = 150, 512, 3, 30
 TARGET = 1.15
@@ -44,12 +44,15 @@ class Literal:
         self.loss, memory = loss, loss.global_center
         self.queue, self.position, self.count = memory.queue.clone(), memory.position.tolist(), memory.count.tolist()
 
-    def parameters(self): return self.loss.parameters()
+    def parameters(self):
+        return self.loss.parameters()
 
     def __call__(self, x, y):
         loss, z, w = self.loss, unit(x), unit(self.loss.proxies)
         filled = torch.tensor(self.count) > 0
-        entry_similarity = (z @ self.queue.flatten(0, 1).T).unflatten(1, (-1, CAPACITY)).sum(2) / torch.tensor(self.count).clamp_min(1)
+        entry_similarity = (z @ self.queue.flatten(0, 1).T).unflatten(1, (-1, CAPACITY)).sum(2) / torch.tensor(
+            self.count
+        ).clamp_min(1)
         distance = (w[:, :, None] - self.queue[:, None]).square().sum(3)  # (C, K, m); the queues are full
         value = loss.host(multi_proxy_similarity(x, loss.proxies, loss.proxy_temp) + entry_similarity, y)
         value = value + (distance.mean((1, 2)) * filled).sum()
@@ -135,7 +138,7 @@ def main():
     parser.add_argument("--hosts", nargs="+", default=["proxy_anchor", "proxy_nca", "softtriple"], metavar="NAME")
     parser.add_argument("--classes", nargs="+", type=int, default=[100, 1000])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=10., help="for each process")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each process")
     parser.add_argument("--processes", type=int, default=7, help="for each case")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -144,22 +147,44 @@ def main():
         case = json.loads(args.child)
         return print(json.dumps(measure_memory(*case[1:]) if case[0] == "memory" else measure(*case)))
     print(f"B={B} D={D} K={K} m={CAPACITY}, {args.threads} threads; CP over without: target {TARGET}x")
-    print(f"{'host':14}{'C':>6}{'without CP':>15}{'CP':>12}{'enqueue':>12}{'literal CP':>13}{'CP/w.o. (range)':>22}{'literal/CP':>10}")
+    print(
+        f"{'host':14}{'C':>6}{'without CP':>15}{'CP':>12}{'enqueue':>12}{'literal CP':>13}{'CP/w.o. (range)':>22}{'literal/CP':>10}"
+    )
     rows = []
     for num_classes in args.classes:
         for host in args.hosts:
             each = [child(host, num_classes, args.threads, args.seconds) for _ in range(args.processes)]
             ratios = [ms["cp"] / ms["without"] for ms in each]
-            rows.append(dict(host=host, classes=num_classes, **{f"{name}_ms": median(ms[name] for ms in each) for name in each[0]},
-                             cp_ratio=median(ratios), ratio_low=min(ratios), ratio_high=max(ratios), literal_ratio=median(ms["literal"] / ms["cp"] for ms in each)))
+            rows.append(
+                dict(
+                    host=host,
+                    classes=num_classes,
+                    **{f"{name}_ms": median(ms[name] for ms in each) for name in each[0]},
+                    cp_ratio=median(ratios),
+                    ratio_low=min(ratios),
+                    ratio_high=max(ratios),
+                    literal_ratio=median(ms["literal"] / ms["cp"] for ms in each),
+                )
+            )
             print(line(rows[-1]), flush=True)
     used = child("memory", 11_318, args.threads)
-    print(f"C=11318: loss {used['state']:.0f} MiB, process with full queues {used['before']:.0f} MiB, peak of three steps {used['peak']:.0f} MiB")
+    print(
+        f"C=11318: loss {used['state']:.0f} MiB, process with full queues {used['before']:.0f} MiB, peak of three steps {used['peak']:.0f} MiB"
+    )
     rows.append(dict(host="proxy_anchor", classes=11_318, state_mib=used["state"], peak_mib=used["peak"]))
-    cpu = next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), platform.processor()) if sys.platform == "linux" else platform.processor()
+    cpu = (
+        next(
+            (part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")),
+            platform.processor(),
+        )
+        if sys.platform == "linux"
+        else platform.processor()
+    )
     file = args.out / f"calibrate-{args.threads}threads-torch{version('torch')}.csv"
     args.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).assign(cpu=cpu, threads=args.threads, torch=version("torch"), date=str(date.today())).round(3).to_csv(file, index=False)
+    pd.DataFrame(rows).assign(cpu=cpu, threads=args.threads, torch=version("torch"), date=str(date.today())).round(
+        3
+    ).to_csv(file, index=False)
     print(f"written: {file}")
 
 

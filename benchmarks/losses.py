@@ -39,7 +39,7 @@ PEERS = {
     "contrastive": (dict(variant="pml"), "ContrastiveLoss", {}),
     "multi_similarity": (dict(mining_eps=None), "MultiSimilarityLoss", {}),
     "circle": ({}, "CircleLoss", {}),
-    "triplet": (dict(rule="all", squared=False, reduction="active"), "TripletMarginLoss", dict(margin=.2)),
+    "triplet": (dict(rule="all", squared=False, reduction="active"), "TripletMarginLoss", dict(margin=0.2)),
     "margin": (dict(rule="all"), "MarginLoss", {}),
     "npair": (dict(preset="pml"), "NPairsLoss", {}),
     "angular": (dict(preset="pml"), "AngularLoss", {}),
@@ -48,12 +48,12 @@ PEERS = {
     "lifted_structure": (dict(normalize=True), "LiftedStructureLoss", {}),
     "nca": ({}, "NCALoss", {}),
     "histogram": ({}, "HistogramLoss", {}),
-    "ranked_list": (dict(preset="pml"), "RankedListLoss", dict(margin=.4, Tn=10)),
+    "ranked_list": (dict(preset="pml"), "RankedListLoss", dict(margin=0.4, Tn=10)),
     "norm_softmax": ({}, "NormalizedSoftmaxLoss", {}),
     "cosface": ({}, "CosFaceLoss", {}),
     "arcface": ({}, "ArcFaceLoss", {}),
-    "softtriple": (dict(tau=0.), "SoftTripleLoss", {}),
-    "proxy_nca": (dict(smoothing=0.), "ProxyNCALoss", {}),
+    "softtriple": (dict(tau=0.0), "SoftTripleLoss", {}),
+    "proxy_nca": (dict(smoothing=0.0), "ProxyNCALoss", {}),
     "proxy_nca_pp": ({}, "ProxyNCALoss", dict(softmax_scale=9)),
     "proxy_anchor": ({}, "ProxyAnchorLoss", {}),
     "manifold_proxy": (dict(num_proxies=50), "ManifoldLoss", dict(l=D, K=50)),
@@ -151,7 +151,11 @@ def child(name, batch, num_classes, who, default=False):
         return {"failed": f"over {LIMIT_S} s"}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-        return {"failed": f"over {LIMIT_GB} GB" if "alloc" in done.stderr or "MemoryError" in done.stderr else lines[-1][:120]}
+        return {
+            "failed": f"over {LIMIT_GB} GB"
+            if "alloc" in done.stderr or "MemoryError" in done.stderr
+            else lines[-1][:120]
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -166,7 +170,12 @@ def cases(names, batches, classes):
 def run(names, batches, classes):
     for name, default, batch, num_classes in cases(names, batches, classes):
         peer = name in PEERS and not default
-        row = dict(loss=name, variant="default" if default or name not in PEERS else PEERS[name][1], batch=batch, classes=num_classes if needs_classes(name) else "")
+        row = dict(
+            loss=name,
+            variant="default" if default or name not in PEERS else PEERS[name][1],
+            batch=batch,
+            classes=num_classes if needs_classes(name) else "",
+        )
         got, note = child(name, batch, num_classes, "both" if peer else "time", default), ""
         if "failed" in got and peer:  # most likely theirs: a B x B x B table
             note, got = f"theirs: {got['failed']}", child(name, batch, num_classes, "time")
@@ -187,8 +196,10 @@ def line(row):
         return f"{value:9.2f} {unit}" if value is not None else " " * 10 + "-" + " "
 
     ratio = f"{row['ratio']:6.1f}x" if row["ratio"] else "      -"
-    return (f"{row['loss']:22}{row['variant'][:20]:21}{row['batch']:6}{row['classes']!s:>7} {show(row['ours_ms'], 'ms')} {show(row['theirs_ms'], 'ms')} {ratio} "
-            f"{show(row.get('ours_mb'), 'MB')} {show(row.get('theirs_mb'), 'MB')}  {row['note']}")
+    return (
+        f"{row['loss']:22}{row['variant'][:20]:21}{row['batch']:6}{row['classes']!s:>7} {show(row['ours_ms'], 'ms')} {show(row['theirs_ms'], 'ms')} {ratio} "
+        f"{show(row.get('ours_mb'), 'MB')} {show(row.get('theirs_mb'), 'MB')}  {row['note']}"
+    )
 
 
 def summary(rows):
@@ -200,8 +211,12 @@ def summary(rows):
         return
     every = [r for some in ratios.values() for r in some]
     left_out = sum(row["note"].startswith("theirs") for row in rows)
-    print(f"geometric mean over {len(ratios)} losses (of each loss's own geometric mean): {geometric_mean(map(geometric_mean, ratios.values())):.2f}x")
-    print(f"geometric mean over all {len(every)} cases: {geometric_mean(every):.2f}x; lowest {min(every):.2f}x; {left_out} cases without a ratio, because theirs did not finish")
+    print(
+        f"geometric mean over {len(ratios)} losses (of each loss's own geometric mean): {geometric_mean(map(geometric_mean, ratios.values())):.2f}x"
+    )
+    print(
+        f"geometric mean over all {len(every)} cases: {geometric_mean(every):.2f}x; lowest {min(every):.2f}x; {left_out} cases without a ratio, because theirs did not finish"
+    )
 
 
 def main():
@@ -211,17 +226,34 @@ def main():
     parser.add_argument("--losses", nargs="+", default=None, metavar="NAME")
     parser.add_argument("--batches", nargs="+", type=int, default=[120, 512, 2048])
     parser.add_argument("--classes", nargs="+", type=int, default=[100, 11318])
-    parser.add_argument("--out", type=Path, default=None, help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given, and then renews its losses' lines")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given, and then renews its losses' lines",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         name, batch, num_classes, who, default = json.loads(args.child)
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GB * 2**30, LIMIT_GB * 2**30))
-        return print(json.dumps(measure(name, batch, max(num_classes, batch // PER_CLASS) if not needs_classes(name) else num_classes, who, default)))
+        return print(
+            json.dumps(
+                measure(
+                    name,
+                    batch,
+                    max(num_classes, batch // PER_CLASS) if not needs_classes(name) else num_classes,
+                    who,
+                    default,
+                )
+            )
+        )
     unknown = set(args.losses or []) - set(list_losses())
     if unknown:
         parser.error(f"unknown loss {sorted(unknown)[0]!r}: known are {', '.join(list_losses())}")
-    print(f"{'loss':22}{'formula':21}{'batch':>6}{'C':>7} {'ours':>12} {'theirs':>12} {'ratio':>7} {'ours peak':>12} {'theirs peak':>12}")
+    print(
+        f"{'loss':22}{'formula':21}{'batch':>6}{'C':>7} {'ours':>12} {'theirs':>12} {'ratio':>7} {'ours peak':>12} {'theirs peak':>12}"
+    )
     rows = []
     for row in run(args.losses or plain_losses(), args.batches, args.classes):
         rows.append(row)
@@ -230,11 +262,31 @@ def main():
     out = args.out or (HERE / "results" if args.losses is None and args.batches == [120, 512, 2048] else None)
     if out is None:
         return
-    cpu = next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "") if sys.platform == "linux" else platform.processor()
-    hardware = "-".join(re.findall(r"[A-Za-z0-9]+", cpu.replace("(R)", "").replace("CPU", ""))[:4]).lower() or platform.machine()
-    file = out / f"losses-{hardware}-{torch.get_num_threads()}threads-torch{version('torch')}-pml{version('pytorch-metric-learning')}.csv"
+    cpu = (
+        next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "")
+        if sys.platform == "linux"
+        else platform.processor()
+    )
+    hardware = (
+        "-".join(re.findall(r"[A-Za-z0-9]+", cpu.replace("(R)", "").replace("CPU", ""))[:4]).lower()
+        or platform.machine()
+    )
+    file = (
+        out
+        / f"losses-{hardware}-{torch.get_num_threads()}threads-torch{version('torch')}-pml{version('pytorch-metric-learning')}.csv"
+    )
     out.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(rows).assign(cpu=cpu, threads=torch.get_num_threads(), torch=version("torch"), pml=version("pytorch-metric-learning"), date=str(date.today())).round(3)
+    table = (
+        pd.DataFrame(rows)
+        .assign(
+            cpu=cpu,
+            threads=torch.get_num_threads(),
+            torch=version("torch"),
+            pml=version("pytorch-metric-learning"),
+            date=str(date.today()),
+        )
+        .round(3)
+    )
     if args.losses and file.exists():
         kept = pd.read_csv(file)
         table = pd.concat([kept[~kept.loss.isin(args.losses)], table]).sort_values("loss", kind="stable")

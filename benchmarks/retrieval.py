@@ -110,7 +110,9 @@ def oml(x, y, recall_at):
 
     ids = torch.arange(len(x))
     _, found, right = batched_knn(x, ids, ids, top_n=max(recall_at), labels_gt=y)
-    cmc = calc_retrieval_metrics(found, right, cmc_top_k=recall_at, precision_top_k=(), map_top_k=(), verbose=False)["cmc"]
+    cmc = calc_retrieval_metrics(found, right, cmc_top_k=recall_at, precision_top_k=(), map_top_k=(), verbose=False)[
+        "cmc"
+    ]
     return {f"R@{k}": float(v) for k, v in cmc.items()}
 
 
@@ -170,7 +172,9 @@ def measure(case, shrink, device, file):
         floors.append(seconds(lambda: floor(x), device)[0])
         if not once:
             times.append(seconds(lambda: work(x, y, recall_at), device)[0])
-    return dict(seconds=median(times), floor=median(floors), ratio=median(times) / median(floors), extra_mb=extra, **values)
+    return dict(
+        seconds=median(times), floor=median(floors), ratio=median(times) / median(floors), extra_mb=extra, **values
+    )
 
 
 def child(case, args, file):
@@ -210,7 +214,11 @@ def installed_oml(python):
 def hardware(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpu = next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "") if sys.platform == "linux" else platform.processor()
+    cpu = (
+        next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "")
+        if sys.platform == "linux"
+        else platform.processor()
+    )
     return cpu or platform.machine()
 
 
@@ -218,10 +226,22 @@ def main():
     import pandas as pd
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=["*"], metavar="CASE", help=f"names or patterns: {', '.join(CASES)}")
-    parser.add_argument("--oml", default=None, metavar="PYTHON", help="interpreter of an environment with open-metric-learning; without it those cases are left out")
+    parser.add_argument(
+        "--cases", nargs="+", default=["*"], metavar="CASE", help=f"names or patterns: {', '.join(CASES)}"
+    )
+    parser.add_argument(
+        "--oml",
+        default=None,
+        metavar="PYTHON",
+        help="interpreter of an environment with open-metric-learning; without it those cases are left out",
+    )
     parser.add_argument("--shrink", type=int, default=1, help="divide images and classes by this, for a trial")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the embeddings are")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
@@ -229,7 +249,11 @@ def main():
     warnings.simplefilter("ignore")
     if args.child:
         return print(json.dumps(measure(args.child, args.shrink, args.device, args.data)))
-    chosen = [case for case in CASES if any(fnmatch(case, pattern) for pattern in args.cases) and (args.oml or " oml" not in case)]
+    chosen = [
+        case
+        for case in CASES
+        if any(fnmatch(case, pattern) for pattern in args.cases) and (args.oml or " oml" not in case)
+    ]
     if args.device == "cuda":
         chosen = [case for case in chosen if not re.search("oml|faiss", case)]
     if not chosen:
@@ -241,17 +265,27 @@ def main():
             torch.save(data(**shrunk(name, args.shrink)), f"{folder}/{name}.pt")
         for case in chosen:
             name = case.split()[0]
-            rows.append(dict(case=case, what=CASES[case][0], images=shrunk(name, args.shrink)["n"]) | child(case, args, f"{folder}/{name}.pt"))
+            rows.append(
+                dict(case=case, what=CASES[case][0], images=shrunk(name, args.shrink)["n"])
+                | child(case, args, f"{folder}/{name}.pt")
+            )
             print(line(rows[-1]), flush=True)
     out = args.out or (HERE / "results" if args.cases == ["*"] and args.shrink == 1 else None)
     if out is None:
         return
     device = hardware(args.device)
     short = "-".join(re.findall(r"[A-Za-z0-9]+", device.replace("(R)", "").replace("CPU", ""))[:4]).lower()
-    versions = {"torch": version("torch"), "faiss": installed("faiss-cpu"), "pml": installed("pytorch-metric-learning"), "oml": installed_oml(args.oml)}
+    versions = {
+        "torch": version("torch"),
+        "faiss": installed("faiss-cpu"),
+        "pml": installed("pytorch-metric-learning"),
+        "oml": installed_oml(args.oml),
+    }
     file = out / f"retrieval-{short}-{torch.get_num_threads()}threads-torch{versions['torch']}.csv"
     out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).assign(hardware=device, threads=torch.get_num_threads(), **versions, date=str(date.today())).round(4).to_csv(file, index=False)
+    pd.DataFrame(rows).assign(
+        hardware=device, threads=torch.get_num_threads(), **versions, date=str(date.today())
+    ).round(4).to_csv(file, index=False)
     print(f"written: {file}")
 
 

@@ -18,7 +18,11 @@ BIN = Path(sys.executable).parent
 
 def state() -> dict[str, str]:
     files = [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("dml_nb/**/*.py")]
-    return {str(f.relative_to(ROOT)): sha256(f.read_bytes()).hexdigest() for f in files if ".ipynb_checkpoints" not in f.parts}
+    return {
+        str(f.relative_to(ROOT)): sha256(f.read_bytes()).hexdigest()
+        for f in files
+        if ".ipynb_checkpoints" not in f.parts
+    }
 
 
 def readme() -> str:
@@ -50,7 +54,11 @@ def main() -> int:
         print("not what the notebooks say: " + ", ".join(changed) + ". Run `make export` and commit the result.")
         return 1
     if found := with_paths():
-        print("folders of the machine they ran on stand in the outputs of " + ", ".join(found) + ". Run them again with PYTHONWARNINGS=ignore.")
+        print(
+            "folders of the machine they ran on stand in the outputs of "
+            + ", ".join(found)
+            + ". Run them again with PYTHONWARNINGS=ignore."
+        )
         return 1
     print(f"{len(after)} notebooks and modules agree and are clean; README.md is current")
     return 0

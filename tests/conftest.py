@@ -28,7 +28,9 @@ def dml_nb(tmp_path):
     environment = os.environ | {"DML_NB_CACHE": str(tmp_path / "cache")}
 
     def run(*args: str, status: int = 0) -> str:
-        done = subprocess.run([command, *map(str, args)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [command, *map(str, args)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 

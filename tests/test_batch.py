@@ -16,8 +16,9 @@ import psutil
 import pytest
 import torch
 
-from dml_nb.experiments import batch, run_store as records
+from dml_nb.experiments import batch
 from dml_nb.experiments import notebook_job as job_module
+from dml_nb.experiments import run_store as records
 from dml_nb.experiments.tables import find_rows
 
 SMALL = dict(backbone="small_cnn", embedding_size=32, batch_size=24, lr=0.001)
@@ -29,15 +30,24 @@ def until(what, process=None, seconds=240):
     "Wait for something to be true."
     deadline = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), process and process.communicate()[0]
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), (
+            process and process.communicate()[0]
+        )
         time.sleep(0.02)
     return found
 
 
 def start(dml_nb, *args):
     # a job in the background inherits an ignored SIGINT; at a terminal it is not ignored
-    return subprocess.Popen([dml_nb.command, *map(str, args)], cwd=dml_nb.folder, env=dml_nb.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [dml_nb.command, *map(str, args)],
+        cwd=dml_nb.folder,
+        env=dml_nb.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def kernels(folder):
@@ -64,9 +74,13 @@ def check_resumed(folder, before, epochs=25):
     "The epochs of the first attempt were kept, the others added, and one whole result is there."
     history = pd.read_csv(folder / "history.csv")
     assert 0 < len(before) < epochs and history.epoch.tolist() == list(range(epochs))
-    assert history.train_seconds[: len(before)].tolist() == pytest.approx([line["train_seconds"] for line in before], rel=1e-4)
+    assert history.train_seconds[: len(before)].tolist() == pytest.approx(
+        [line["train_seconds"] for line in before], rel=1e-4
+    )
     assert records.read_result(folder / "result.json")["last"]["epoch"] == epochs - 1
-    assert not (folder / "checkpoint.pt").exists() and not list(folder.glob("*.tmp*")) and not (folder / ".lock").exists()
+    assert (
+        not (folder / "checkpoint.pt").exists() and not list(folder.glob("*.tmp*")) and not (folder / ".lock").exists()
+    )
 
 
 def test_a_killed_notebook_is_started_again_where_it_stopped(dml_nb, glyph_folder):
@@ -94,7 +108,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_end_with_a_process_that_is_killed_while_they_start():
-    process = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=100)  # ends when no worker holds the output open
+    process = subprocess.run(
+        [sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=100
+    )  # ends when no worker holds the output open
     assert len(process.stdout.split()) == 2 and process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -126,16 +142,36 @@ def test_a_failing_row_is_written_down_and_the_others_go_on(dml_nb, glyph_folder
     output = dml_nb(*args, status=1)
     assert "1 done, 1 failed: 1 run now" in output and "cannot be read" in output
     failed = json.loads((folder / "failed.json").read_text())
-    assert failed["error"] == "ValueError" and "resume(learn" in failed["traceback"] and (folder / "failed.ipynb").exists()
+    assert (
+        failed["error"] == "ValueError" and "resume(learn" in failed["traceback"] and (folder / "failed.ipynb").exists()
+    )
     assert not (folder / "result.json").exists() and not (folder / "run.ipynb").exists()
     (folder / "checkpoint.pt").unlink()
     assert "2 done, 0 failed: 1 run now, 1 done before" in dml_nb(*args)
     assert not list(folder.glob("failed.*"))
 
 
-@pytest.mark.skipif(shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0, reason="a small disk is made with unshare -rm, which this machine does not allow")
+@pytest.mark.skipif(
+    shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+    reason="a small disk is made with unshare -rm, which this machine does not allow",
+)
 def test_on_a_full_disk_nothing_half_counts(dml_nb, glyph_folder):
-    run = " ".join(["'" + str(a) + "'" for a in (dml_nb.command, "run", "CP + PA K=3", "Proxy Anchor", "--dataset", glyph_folder, *TINY, "--set", "epochs=1")])
+    run = " ".join(
+        [
+            "'" + str(a) + "'"
+            for a in (
+                dml_nb.command,
+                "run",
+                "CP + PA K=3",
+                "Proxy Anchor",
+                "--dataset",
+                glyph_folder,
+                *TINY,
+                "--set",
+                "epochs=1",
+            )
+        ]
+    )
     (dml_nb.folder / "runs").mkdir()
     script = f"""
         mount -t tmpfs -o size=800k tmpfs runs || exit 77
@@ -145,10 +181,19 @@ def test_on_a_full_disk_nothing_half_counts(dml_nb, glyph_folder):
         {run} > second.txt 2>&1 || exit 1
         find runs -name result.json > whole.txt
     """
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=dml_nb.folder, env=dml_nb.environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=dml_nb.folder,
+        env=dml_nb.environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     if done.returncode == 77:
         pytest.skip("this machine does not allow mounting a small disk")
-    texts = {name: (dml_nb.folder / f"{name}.txt").read_text() for name in ("first", "second", "status", "half", "whole")}
+    texts = {
+        name: (dml_nb.folder / f"{name}.txt").read_text() for name in ("first", "second", "status", "half", "whole")
+    }
     assert done.returncode == 0, texts
     assert texts["status"] == "1\n" and "is full: make room" in texts["first"] and texts["half"] == ""
     assert "2 done, 0 failed: 2 run now" in texts["second"] and texts["whole"].count("result.json") == 2
@@ -166,8 +211,20 @@ def fake(monkeypatch):
         calls.append(row.id)
         (folder / "history.csv").write_text("epoch\n0\n")
         line = {"epoch": 0, "R@1": 0.5, "MAP@R": 0.25}
-        result = dict(row=row.id, method=row.method, table=row.table, seed=job.seed, settings=job.settings, best=line, last=line, claimed=row.claimed, own_setting=False,
-                      seconds=dict(train=1, evaluate=1, fit=2, notebook=3), environment=dict(dml_nb=records.version("dml_nb")), data_checksum=job.checksum)
+        result = dict(
+            row=row.id,
+            method=row.method,
+            table=row.table,
+            seed=job.seed,
+            settings=job.settings,
+            best=line,
+            last=line,
+            claimed=row.claimed,
+            own_setting=False,
+            seconds=dict(train=1, evaluate=1, fit=2, notebook=3),
+            environment=dict(dml_nb=records.version("dml_nb")),
+            data_checksum=job.checksum,
+        )
         (folder / "result.json").write_text(json.dumps(result))
 
     monkeypatch.setattr(job_module, "run_notebook", papermill)
@@ -186,7 +243,9 @@ def test_rows_that_ask_for_the_same_share_a_run(fake, tmp_path, capsys):
     done, _ = run(twins, tmp_path)
     assert len(fake) == 1 and "3 done, 0 failed: 1 run now, 0 done before, 2 shared" in capsys.readouterr().out
     found = [records.read_result(folder / "result.json") for folder in done]
-    assert [r["row"] for r in found] == twins and [r["claimed"] for r in found] == [find_rows(t)[0].claimed for t in twins]
+    assert [r["row"] for r in found] == twins and [r["claimed"] for r in found] == [
+        find_rows(t)[0].claimed for t in twins
+    ]
     assert [r.get("shared_with") for r in found] == [None] + [done[0].relative_to(tmp_path.resolve()).as_posix()] * 2
     late, _ = run(["002-IV/cars-cp-proxy-anchor-loss"], tmp_path)  # asked for on another day
     assert len(fake) == 1 and records.read_result(late[0] / "result.json")["shared_with"] == found[1]["shared_with"]
@@ -238,7 +297,11 @@ def test_a_run_without_its_history_counts_but_is_not_shared(fake, tmp_path):
     (first / "history.csv").unlink()
     done, failed = run(rows, tmp_path)  # the second row has nothing to share, so it is run
     assert not failed and fake == [rows[0], rows[1], find_rows(rows[2])[0].id]
-    assert done[0] == first and (done[1] / "history.csv").exists() and "shared_with" not in records.read_result(done[1] / "result.json")
+    assert (
+        done[0] == first
+        and (done[1] / "history.csv").exists()
+        and "shared_with" not in records.read_result(done[1] / "result.json")
+    )
     (done[1] / "history.csv").unlink()
     assert not run(rows, tmp_path)[1] and len(fake) == 3
 
@@ -252,7 +315,9 @@ def test_a_file_that_cannot_be_read_or_written_fails_one_row(fake, tmp_path, mon
     monkeypatch.setattr(batch, "share", gone)
     names = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"]
     done, (failed,) = run(names, tmp_path)
-    assert len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command goes on" in str(failed)
+    assert (
+        len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command goes on" in str(failed)
+    )
     assert "1 done, 1 failed" in capsys.readouterr().out
     monkeypatch.setattr(batch, "share", shared)
     assert len(run(names, tmp_path)[0]) == 3 and len(fake) == 2
@@ -288,7 +353,11 @@ def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeyp
     monkeypatch.setattr(settings, "recipes", lambda: changed)
     run(["CP + PA K=3"], tmp_path)
     output = capsys.readouterr().out
-    assert len(fake) == 3 and output.count("stale: 002-II/cub-cp-pa-k-3/") == 1 and "the recipe changed: weight_decay 0.0001, now 0.25" in output
+    assert (
+        len(fake) == 3
+        and output.count("stale: 002-II/cub-cp-pa-k-3/") == 1
+        and "the recipe changed: weight_decay 0.0001, now 0.25" in output
+    )
 
 
 def test_another_version_of_the_package_is_another_run(fake, tmp_path, capsys, monkeypatch):
@@ -364,7 +433,9 @@ def nodes():
 
 
 @needs_ray
-def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(glyph_folder, tmp_path, nodes, monkeypatch, capsys):
+def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
+    glyph_folder, tmp_path, nodes, monkeypatch, capsys
+):
     from dml_nb.experiments.ray_cluster import Cluster
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -387,7 +458,11 @@ def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(gly
     check_resumed(spread[0][0].folder, before, 8)
     alone, failed = batch.execute_all(rows, [0], tmp_path / "here", **asked)
     numbers = [
-        {r["row"]: (r["best"], r["last"], r.get("shared_with")) for r in (records.read_result(p) for p in (tmp_path / side).glob("**/result.json"))} for side in ("here", "there")
+        {
+            r["row"]: (r["best"], r["last"], r.get("shared_with"))
+            for r in (records.read_result(p) for p in (tmp_path / side).glob("**/result.json"))
+        }
+        for side in ("here", "there")
     ]
     assert not failed and len(numbers[0]) == 3 and numbers[0] == numbers[1]
 
@@ -408,10 +483,19 @@ def test_ctrl_c_ends_a_batch_on_ray_and_leaves_nothing_running(dml_nb, glyph_fol
 
 
 @needs_ray
-@pytest.mark.parametrize("address, message", [("127.0.0.1:9", "does not answer"), ("nonsense", "wants local, auto or host:port"), ("no.such.host.invalid:6379", "does not answer")])
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("127.0.0.1:9", "does not answer"),
+        ("nonsense", "wants local, auto or host:port"),
+        ("no.such.host.invalid:6379", "does not answer"),
+    ],
+)
 def test_a_cluster_that_does_not_answer_is_one_clear_sentence(shell, address, message):
     started = time.monotonic()
-    assert message in shell("run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--cluster", address, status=1)
+    assert message in shell(
+        "run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--cluster", address, status=1
+    )
     assert time.monotonic() - started < 20
 
 
@@ -421,7 +505,17 @@ def test_a_port_that_is_not_rays_is_noticed(shell):
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         started = time.monotonic()
-        output = shell("run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--cluster", f"127.0.0.1:{server.getsockname()[1]}", status=1)
+        output = shell(
+            "run",
+            "CP + PA",
+            "--dataset",
+            "glyphs",
+            "--backbone",
+            "small_cnn",
+            "--cluster",
+            f"127.0.0.1:{server.getsockname()[1]}",
+            status=1,
+        )
     assert "the cluster at 127.0.0.1" in output and time.monotonic() - started < 25
 
 
@@ -435,7 +529,15 @@ def test_a_port_that_is_not_rays_is_noticed(shell):
     ],
 )
 def test_bad_options_of_a_batch(shell, args, message):
-    assert message in shell("run", "CP + PA", *(["--dataset", "glyphs"] if "--dataset" not in args else []), "--backbone", "small_cnn", *args, status=1)
+    assert message in shell(
+        "run",
+        "CP + PA",
+        *(["--dataset", "glyphs"] if "--dataset" not in args else []),
+        "--backbone",
+        "small_cnn",
+        *args,
+        status=1,
+    )
 
 
 def test_missing_data_name_the_command_that_checks_them(shell, tmp_path, monkeypatch):

@@ -12,7 +12,12 @@ def python(code: str) -> str:
 
 
 def test_package_imports_nothing_heavy():
-    assert python("import sys, dml_nb; print([m for m in ('torch', 'fastai', 'pandas', 'matplotlib') if m in sys.modules])") == "[]"
+    assert (
+        python(
+            "import sys, dml_nb; print([m for m in ('torch', 'fastai', 'pandas', 'matplotlib') if m in sys.modules])"
+        )
+        == "[]"
+    )
 
 
 def test_version():
@@ -20,7 +25,12 @@ def test_version():
 
 
 def test_losses_need_no_fastai():
-    assert python("import sys; from dml_nb.losses import create_loss; print([m for m in ('fastai', 'pandas', 'torchvision') if m in sys.modules])") == "[]"
+    assert (
+        python(
+            "import sys; from dml_nb.losses import create_loss; print([m for m in ('fastai', 'pandas', 'torchvision') if m in sys.modules])"
+        )
+        == "[]"
+    )
 
 
 def test_help_needs_no_torch():

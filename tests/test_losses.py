@@ -7,17 +7,23 @@ import pytest
 import torch
 
 from dml_nb.core.golden import fixture, golden
-from dml_nb.training.learner import dml_learner, feature_dls
-from dml_nb.losses import base as core, create_loss, deviation, list_losses
+from dml_nb.core.similarity import match_masks
+from dml_nb.losses import base as core
+from dml_nb.losses import create_loss, deviation, list_losses
 from dml_nb.losses.miners import list_miners
 from dml_nb.losses.pair_base import PairLoss, to_indices
 from dml_nb.models.embedder import EmbeddingHead
-from dml_nb.core.similarity import match_masks
+from dml_nb.training.learner import dml_learner, feature_dls
 
 C, D = 7, 16
 SCHEDULED = {"start_epoch": 0, "start_iteration": 0}
 # the rule without chance, for losses that draw pairs or triplets at random
-FIXED = {"triplet": dict(rule="all"), "margin": dict(rule="all"), "npair": dict(pairs="first"), "angular": dict(pairs="all")}
+FIXED = {
+    "triplet": dict(rule="all"),
+    "margin": dict(rule="all"),
+    "npair": dict(pairs="first"),
+    "angular": dict(pairs="all"),
+}
 
 
 def build(name: str, **params):
@@ -29,7 +35,9 @@ def build(name: str, **params):
 
 def batch(size: int = 24, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(size, D, generator=generator, dtype=torch.float64).to(dtype), torch.randint(0, C, (size,), generator=generator)
+    return torch.randn(size, D, generator=generator, dtype=torch.float64).to(dtype), torch.randint(
+        0, C, (size,), generator=generator
+    )
 
 
 def value_of(loss, x, y):
@@ -63,11 +71,18 @@ GOLDEN = {
 }  # fmt: skip
 CP = {"CP+PA K=3": ("proxy_anchor", {}), "CP+NCA scale=18 positive excluded": ("proxy_nca", {}), "CP+NCA scale=18 positive included": ("proxy_nca", dict(include_positive=True)),
       "CP+SoftTriple la=20 d=.01 no regulariser": ("softtriple", dict(tau=0.))}  # fmt: skip
-CP_FORMS = {"S_p": dict(start_epoch=12), "S_p+S_g": dict(start_epoch=0), "(S_p+S_g)/2": dict(start_epoch=0, combine="average")}
+CP_FORMS = {
+    "S_p": dict(start_epoch=12),
+    "S_p+S_g": dict(start_epoch=0),
+    "(S_p+S_g)/2": dict(start_epoch=0, combine="average"),
+}
 for row, (host, params) in CP.items():
     for sharpness in (1, 10):
         for form, more in CP_FORMS.items():
-            GOLDEN[f"{row} 1/gamma={sharpness} {form}"] = (f"cp_{host}", dict(proxy_temp=1 / sharpness, calib_lambda=0.0) | params | more)
+            GOLDEN[f"{row} 1/gamma={sharpness} {form}"] = (
+                f"cp_{host}",
+                dict(proxy_temp=1 / sharpness, calib_lambda=0.0) | params | more,
+            )
 
 
 def on_fixture(name, **params):
@@ -96,7 +111,10 @@ def test_golden_values(quantity):
 ])  # fmt: skip
 def test_golden_calibration_under_every_host(host, reduction, params):
     fix = fixture()
-    values = [on_fixture(host, start_epoch=0, **params, **more)(fix.embeddings, fix.labels).item() for more in ({}, dict(calib_lambda=0.0))]
+    values = [
+        on_fixture(host, start_epoch=0, **params, **more)(fix.embeddings, fix.labels).item()
+        for more in ({}, dict(calib_lambda=0.0))
+    ]
     assert values[0] - values[1] == pytest.approx(golden(f"CP L_c {reduction}, normalised"), rel=1e-11)
 
 
@@ -113,12 +131,24 @@ def memory_of_18():
     return torch.nn.functional.normalize(fix.unit[0::2].flip(0) + 0.1 * fix.unit[1::2]), fix.labels[0::2].flip(0)
 
 
-@pytest.mark.parametrize("name, params", [("xbm", dict(start_iteration=0)), ("xbm", dict(start_iteration=0, self_eps=None)), ("xbm", dict(start_iteration=0, preset="official_code")), ("mcl", {})])
+@pytest.mark.parametrize(
+    "name, params",
+    [
+        ("xbm", dict(start_iteration=0)),
+        ("xbm", dict(start_iteration=0, self_eps=None)),
+        ("xbm", dict(start_iteration=0, preset="official_code")),
+        ("mcl", {}),
+    ],
+)
 def test_golden_cross_batch_memory(name, params):
     fix, loss = fixture(), on_fixture(name, **params)
     loss.remember(*memory_of_18())
-    assert loss.against_memory(fix.embeddings, fix.labels).item() == pytest.approx(golden("XBM contrastive memory(18)"), rel=1e-12)
-    assert loss(fix.embeddings, fix.labels).item() == pytest.approx(golden("XBM contrastive batch") + golden("XBM contrastive memory(18)"), rel=1e-12)
+    assert loss.against_memory(fix.embeddings, fix.labels).item() == pytest.approx(
+        golden("XBM contrastive memory(18)"), rel=1e-12
+    )
+    assert loss(fix.embeddings, fix.labels).item() == pytest.approx(
+        golden("XBM contrastive batch") + golden("XBM contrastive memory(18)"), rel=1e-12
+    )
 
 
 def test_golden_prism():
@@ -126,7 +156,9 @@ def test_golden_prism():
     loss.memory.enqueue(*map(torch.cat, zip(memory_of_18(), (fix.embeddings, fix.labels))))
     loss._refresh(torch.tensor([0, 2]))
     keep, _ = loss.judge(fix.embeddings, fix.labels)
-    assert loss.against_memory(fix.embeddings, fix.labels, keep).item() == pytest.approx(golden("PRISM memory contrastive loss"), rel=1e-12)
+    assert loss.against_memory(fix.embeddings, fix.labels, keep).item() == pytest.approx(
+        golden("PRISM memory contrastive loss"), rel=1e-12
+    )
 
 
 def test_golden_virtual_classes():
@@ -141,7 +173,9 @@ def test_golden_virtual_classes():
 @pytest.mark.parametrize("host, quantity", [("norm_softmax", "NormSoftmax"), ("proxy_nca", "ProxyNCA")])
 def test_golden_proxy_synthesis(host, quantity):
     loss = on_fixture("proxy_synthesis", host=host, lam=0.3)
-    assert loss(fixture().embeddings, torch.arange(12) % 4).item() == pytest.approx(golden(f"Proxy Synthesis {quantity} lam=.3"), rel=1e-12)
+    assert loss(fixture().embeddings, torch.arange(12) % 4).item() == pytest.approx(
+        golden(f"Proxy Synthesis {quantity} lam=.3"), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", list_losses())
@@ -180,7 +214,9 @@ def test_half_precision_with_hard_duplicates(name, dtype, autocast):
     assert value.item() == pytest.approx(exact, rel=1e-3)
 
 
-@pytest.mark.parametrize("labels", [[0] * 6, [0, 1, 2, 3, 4, 5], [3], []], ids=["one class", "all distinct", "batch of one", "empty"])
+@pytest.mark.parametrize(
+    "labels", [[0] * 6, [0, 1, 2, 3, 4, 5], [3], []], ids=["one class", "all distinct", "batch of one", "empty"]
+)
 @pytest.mark.parametrize("name", list_losses())
 def test_degenerate_batches(name, labels):
     loss = fill(build(name))
@@ -239,7 +275,9 @@ def test_a_state_from_before_the_epoch_was_kept_still_loads(name):
 def test_unit_vectors_give_the_same_value_unless_the_loss_says_otherwise(name):
     loss = fill(build(name).double(), torch.float64)
     x, y = batch(dtype=torch.float64)
-    same = value_of(loss, torch.nn.functional.normalize(x), y).item() == pytest.approx(value_of(loss, x, y).item(), rel=1e-12)
+    same = value_of(loss, torch.nn.functional.normalize(x), y).item() == pytest.approx(
+        value_of(loss, x, y).item(), rel=1e-12
+    )
     assert same == loss.normalised
 
 
@@ -275,8 +313,13 @@ def test_compiled_gives_the_same_value(name):
 def test_bad_input_is_named(name):
     loss = build(name)
     x, y = batch()
-    for bad, word in [((x[0], y), "shape"), ((x, y[:-1]), "labels"), ((x, y.float()), "integers"), ((x.index_fill(0, torch.tensor([3]), float("nan")), y), "row 3"),
-                      ((x.index_fill(0, torch.tensor([3]), float("inf")), y), "row 3")]:
+    for bad, word in [
+        ((x[0], y), "shape"),
+        ((x, y[:-1]), "labels"),
+        ((x, y.float()), "integers"),
+        ((x.index_fill(0, torch.tensor([3]), float("nan")), y), "row 3"),
+        ((x.index_fill(0, torch.tensor([3]), float("inf")), y), "row 3"),
+    ]:
         with pytest.raises(ValueError, match=word):
             loss(*bad)
     if loss.embedding_size:
@@ -300,7 +343,22 @@ def test_same_value_on_the_gpu(name):
         assert loss(x.half().cuda(), y.cuda()).item() == pytest.approx(expected, rel=1e-2)
 
 
-SCALES = ("scale", "scale_x", "scale_p", "gamma", "alpha", "temperature", "proxy_temp", "sigma", "proxies_per_class", "num_proxies", "capacity", "nodes", "num_classes", "embedding_size")
+SCALES = (
+    "scale",
+    "scale_x",
+    "scale_p",
+    "gamma",
+    "alpha",
+    "temperature",
+    "proxy_temp",
+    "sigma",
+    "proxies_per_class",
+    "num_proxies",
+    "capacity",
+    "nodes",
+    "num_classes",
+    "embedding_size",
+)
 
 
 @pytest.mark.parametrize("name", list_losses())
@@ -308,7 +366,9 @@ def test_impossible_parameters_are_named(name):
     takes = signature(core._registry[name]).parameters
     for key in SCALES:
         unused = key in ("num_classes", "embedding_size") and key in takes and takes[key].default is None
-        if key in takes and not unused and (name, key) not in {("ranked_list", "alpha"), ("lifted_structure", "alpha")}:  # a border, a margin
+        if (
+            key in takes and not unused and (name, key) not in {("ranked_list", "alpha"), ("lifted_structure", "alpha")}
+        ):  # a border, a margin
             with pytest.raises(ValueError, match=key):
                 create_loss(name, **(dict(num_classes=C, embedding_size=D) | {key: -1}))
 
@@ -317,13 +377,18 @@ WHOLE = ("steps", "gap", "window", "warm_up", "start_epoch", "start_iteration", 
          "reassign_every", "chunks", "hidden", "sweeps", "nodes", "k")  # fmt: skip
 
 
-@pytest.mark.parametrize("name, key", [(name, key) for name in list_losses() for key in WHOLE if key in signature(core._registry[name]).parameters])
+@pytest.mark.parametrize(
+    "name, key",
+    [(name, key) for name in list_losses() for key in WHOLE if key in signature(core._registry[name]).parameters],
+)
 def test_numbers_that_count_must_be_whole(name, key):
     with pytest.raises(ValueError, match=f"{key} must be a whole number"):
         create_loss(name, C, D, **{key: 2.5})
 
 
-@pytest.mark.parametrize("name", [name for name in list_losses() if "self_eps" in signature(core._registry[name]).parameters])
+@pytest.mark.parametrize(
+    "name", [name for name in list_losses() if "self_eps" in signature(core._registry[name]).parameters]
+)
 @pytest.mark.parametrize("bad", ["a", -1])
 def test_self_eps_is_checked(name, bad):
     with pytest.raises(ValueError, match="self_eps must be"):
@@ -364,14 +429,25 @@ def test_self_eps_drops_named_triplets(name):
     copy = (x[a] == x[p]).all(1)
     assert copy.any() and not copy.all()
     given = build(name, **FIXED[name], self_eps=1e-5)(x, y, indices_tuple=(a, p, n))
-    assert given.item() == pytest.approx(build(name, **FIXED[name])(x, y, indices_tuple=(a[~copy], p[~copy], n[~copy])).item(), rel=1e-12)
+    assert given.item() == pytest.approx(
+        build(name, **FIXED[name])(x, y, indices_tuple=(a[~copy], p[~copy], n[~copy])).item(), rel=1e-12
+    )
     assert given.item() != pytest.approx(build(name, **FIXED[name])(x, y, indices_tuple=(a, p, n)).item(), rel=1e-6)
 
 
 TUPLES = [name for name in list_losses() if isinstance(build(name), PairLoss)] + ["npair", "angular"]
 
 
-@pytest.mark.parametrize("parts, word", [([0], "got 1"), ([0, 1, 2, 3, 4], "got 5"), ([0, 24, 3], "names reference 24, but there are 24"), ([-1, 1, 3], "names anchor -1"), ([0, 1, 24, 3], "names anchor 24")])
+@pytest.mark.parametrize(
+    "parts, word",
+    [
+        ([0], "got 1"),
+        ([0, 1, 2, 3, 4], "got 5"),
+        ([0, 24, 3], "names reference 24, but there are 24"),
+        ([-1, 1, 3], "names anchor -1"),
+        ([0, 1, 24, 3], "names anchor 24"),
+    ],
+)
 @pytest.mark.parametrize("name", TUPLES)
 def test_wrong_index_tuples_are_named(name, parts, word):
     x, y = batch()
@@ -387,7 +463,9 @@ def test_wrong_index_tuples_are_named_by_both_forms_of_angular(params):
 
 
 @pytest.mark.parametrize("miner", list_miners())
-@pytest.mark.parametrize("name", [name for name in list_losses() if "miner" in signature(core._registry[name]).parameters])
+@pytest.mark.parametrize(
+    "name", [name for name in list_losses() if "miner" in signature(core._registry[name]).parameters]
+)
 def test_every_miner_goes_by_name(name, miner):
     x, y = batch(60)
     x.requires_grad_()
@@ -399,7 +477,9 @@ def test_the_mining_of_lifted_structure_gives_way_to_a_tuple():
     fix = fixture()
     plain, mined = (create_loss("lifted_structure_cos", hard_mining=mining) for mining in (False, True))
     everything = to_indices(*match_masks(fix.labels))
-    assert mined(fix.unit, fix.labels, indices_tuple=everything).item() == pytest.approx(plain(fix.unit, fix.labels).item(), rel=1e-12)
+    assert mined(fix.unit, fix.labels, indices_tuple=everything).item() == pytest.approx(
+        plain(fix.unit, fix.labels).item(), rel=1e-12
+    )
     assert mined(fix.unit, fix.labels).item() != pytest.approx(plain(fix.unit, fix.labels).item(), rel=1e-6)
 
 

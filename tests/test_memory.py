@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dml_nb.core.batch_memory import CrossBatchMemory
-from dml_nb.training.learner import LossState, dml_learner, feature_dls
+from dml_nb.core.similarity import gather, own_rows
 from dml_nb.losses import create_loss, list_losses
 from dml_nb.losses.base import takes_ids
 from dml_nb.losses.pair_base import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
-from dml_nb.core.similarity import gather, own_rows
+from dml_nb.training.learner import LossState, dml_learner, feature_dls
 
 C, D, B = 6, 8, 12
 MEMORY_LOSSES = {
@@ -35,7 +35,10 @@ def build(name):
 def steps(count, size=B):
     generator = torch.Generator().manual_seed(5)
     for _ in range(count):
-        yield torch.randn(size, D, generator=generator, dtype=torch.float64), torch.randint(0, C, (size,), generator=generator)
+        yield (
+            torch.randn(size, D, generator=generator, dtype=torch.float64),
+            torch.randint(0, C, (size,), generator=generator),
+        )
 
 
 PAIRS = {
@@ -51,9 +54,13 @@ def test_memory_term_agrees_with_pytorch_metric_learning(name):
     "Value and gradient at every step, through three turns of the ring; theirs is the memory term alone and enqueues inside the loss."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+        losses = pytest.importorskip(
+            "pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed"
+        )
     params, other = PAIRS[name]
-    ours = create_loss("xbm", embedding_size=D, pair_loss=name, pair_params=params, memory_size=50, start_iteration=0).double()
+    ours = create_loss(
+        "xbm", embedding_size=D, pair_loss=name, pair_params=params, memory_size=50, start_iteration=0
+    ).double()
     theirs = losses.CrossBatchMemory(other(losses), D, memory_size=50)
     for x, y in steps(13):
         x = torch.nn.functional.normalize(x).requires_grad_()
@@ -93,7 +100,9 @@ def against_references():
             try:
                 create_loss("xbm", C, D, pair_loss=name)
             except ValueError as error:
-                assert "cannot be compared with a memory" in str(error) or not isinstance(create_loss(name, C, D), PairLoss)
+                assert "cannot be compared with a memory" in str(error) or not isinstance(
+                    create_loss(name, C, D), PairLoss
+                )
             else:
                 yield name, {}
     yield "circle", dict(scope="batch")
@@ -103,13 +112,17 @@ def against_references():
 @pytest.mark.parametrize("name, params", against_references(), ids=str)
 def test_a_memory_as_large_as_the_batch_is_not_taken_for_it(name, params):
     "The memory term is the pair loss with the entries as references."
-    loss = create_loss("xbm", C, D, pair_loss=name, pair_params=params, start_iteration=0, enqueue="after", self_eps=None).double()
+    loss = create_loss(
+        "xbm", C, D, pair_loss=name, pair_params=params, start_iteration=0, enqueue="after", self_eps=None
+    ).double()
     (old, y), (x, _) = steps(2)
     loss.remember(old, y)
     torch.manual_seed(0)
     value = loss(x, y)
     torch.manual_seed(0)
-    assert value.item() == pytest.approx((loss.pair(x, y) + loss.pair(x, y, ref_emb=old, ref_labels=y)).item(), rel=1e-9)
+    assert value.item() == pytest.approx(
+        (loss.pair(x, y) + loss.pair(x, y, ref_emb=old, ref_labels=y)).item(), rel=1e-9
+    )
 
 
 def test_a_loss_that_needs_the_batch_as_its_references_is_refused_at_once():
@@ -124,7 +137,9 @@ def train(loss, epochs=3, cbs=(), **params):
     "Classes of five images in batches of four: the sampler repeats some."
     x, y = torch.randn(60, 16, generator=torch.Generator().manual_seed(3)), torch.arange(60) // 5 % 12
     torch.manual_seed(0)
-    learn = dml_learner(feature_dls(x, y, x, y, batch_size=16, per_class=4), EmbeddingHead(16, D), loss, lr=1e-3, cbs=cbs, **params)
+    learn = dml_learner(
+        feature_dls(x, y, x, y, batch_size=16, per_class=4), EmbeddingHead(16, D), loss, lr=1e-3, cbs=cbs, **params
+    )
     with learn.no_bar(), learn.no_logging():
         learn.fit_schedule(epochs)
     return learn, y
@@ -134,7 +149,11 @@ def train(loss, epochs=3, cbs=(), **params):
 @pytest.mark.parametrize("in_sum", [False, True])
 def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
     params = {key: value for key, value in MEMORY_LOSSES[name].items() if key != "memory_size"}
-    loss = create_loss({name: 1.0, "norm_softmax": 0.5}, 12, D, **{name: params}) if in_sum else create_loss(name, 12, D, **params)
+    loss = (
+        create_loss({name: 1.0, "norm_softmax": 0.5}, 12, D, **{name: params})
+        if in_sum
+        else create_loss(name, 12, D, **params)
+    )
     part, seen, references = loss.losses[name] if in_sum else loss, [], []
     plain, against = part.remember, part._references
 
@@ -144,7 +163,9 @@ def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
 
     def watched(embeddings, labels, sample_ids):
         sim_BN, pos_BN, neg_BN = against(embeddings, labels, sample_ids)
-        ids_N = torch.cat([part.memory.entries()[2], sample_ids]) if part.enqueue == "before" else part.memory.entries()[2]
+        ids_N = (
+            torch.cat([part.memory.entries()[2], sample_ids]) if part.enqueue == "before" else part.memory.entries()[2]
+        )
         references.append((pos_BN & (sample_ids[:, None] == ids_N)).sum().item())
         return sim_BN, pos_BN, neg_BN
 
@@ -188,7 +209,10 @@ def one_of_two(rank, folder):
     for name in MEMORY_LOSSES:
         loss, callback = build(name), LossState()
         for step, (x, y) in enumerate(steps(9)):
-            x, ids = x.float().double(), (torch.arange(B) + 3 * step,) if takes_ids(loss) else ()  # the callback hands on float32
+            x, ids = (
+                x.float().double(),
+                (torch.arange(B) + 3 * step,) if takes_ids(loss) else (),
+            )  # the callback hands on float32
             part = [each[mine] for each in (x, y, *ids)]
             assert gather(part[0]).equal(x) and gather(part[1]).equal(y) and own_rows(part[0]) == mine
             if name in ("xbm", "prism"):
@@ -198,7 +222,12 @@ def one_of_two(rank, folder):
                 found["kept", step] = loss.last_active
             if name.startswith("cp_"):
                 loss(*part[:2])
-            callback.learn = SimpleNamespace(training=True, loss_func=loss, pred=part[0], yb=(part[1], None, None, None, part[2]) if ids else (part[1],))
+            callback.learn = SimpleNamespace(
+                training=True,
+                loss_func=loss,
+                pred=part[0],
+                yb=(part[1], None, None, None, part[2]) if ids else (part[1],),
+            )
             callback.after_batch()
         torch.save(loss.state_dict(), f"{folder}/{name}-{rank}.pt")
         if name == "memvir":
@@ -218,7 +247,9 @@ def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
         for step, (x, y) in enumerate(steps(9)):
             x, ids = x.float().double(), (torch.arange(B) + 3 * step,) if takes_ids(single) else ()
             if name in ("xbm", "prism"):
-                assert sum(part[name, step] for part in found) == pytest.approx(single.against_memory(x, y, sample_ids=ids[0]).item(), rel=1e-6)
+                assert sum(part[name, step] for part in found) == pytest.approx(
+                    single.against_memory(x, y, sample_ids=ids[0]).item(), rel=1e-6
+                )
             if name.startswith("cp_"):
                 single(x, y)
             if name == "prism":

@@ -16,14 +16,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dml_nb.core.golden import fixture, golden
+from dml_nb.core.similarity import unit
 from dml_nb.retrieval import metrics as metrics_module
 from dml_nb.retrieval.clustering import class_distances, cluster_agreement, kmeans, spectrum
-from dml_nb.retrieval.per_query import intervals, per_class, per_query
 from dml_nb.retrieval.kreciprocal import KReciprocal
 from dml_nb.retrieval.metrics import Positives, each_query, encode_labels, evaluate
+from dml_nb.retrieval.per_query import intervals, per_class, per_query
 from dml_nb.retrieval.ranker import Ranker
 from dml_nb.retrieval.rerank import rerank_report
-from dml_nb.core.similarity import unit
 
 K = (1, 2, 3, 4, 8, 50)
 RULES = ("optimistic", "pessimistic")
@@ -92,7 +92,9 @@ DATA = data()
 def agree(found, expected):
     assert {*found} == {*expected}
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-12, equal_nan=True, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=0, atol=1e-12, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )
 
 
 @pytest.fixture
@@ -145,7 +147,13 @@ def test_rows_and_lists_agree_to_the_last_bit(classes, D, long):
     for ties in RULES:
         for other in found[1:]:
             for name, values in found[0][ties].items():
-                torch.testing.assert_close(other[ties][name], values, rtol=0, atol=1e-15 if "R" == name[-1] or "-" in name else 0, equal_nan=True)
+                torch.testing.assert_close(
+                    other[ties][name],
+                    values,
+                    rtol=0,
+                    atol=1e-15 if "R" == name[-1] or "-" in name else 0,
+                    equal_nan=True,
+                )
 
 
 def test_evaluate_is_the_mean_over_queries_and_warns_of_ties():
@@ -172,7 +180,15 @@ def test_the_contract():
     x, y = DATA["clustered"]
     assert list(evaluate(x, y)) == ["R@1", "R@2", "R@4", "R@8", "MAP@R", "R-precision", "NMI"]
     everything = evaluate(x, y, recall_at=(1, 1000), extra=("MRR", "AMI", "distances", "spectrum"))
-    assert list(everything)[:2] == ["R@1", "R@1000"] and {"MRR", "AMI", "intra", "inter", "intra/inter", "spectral decay", "effective rank"} <= {*everything}
+    assert list(everything)[:2] == ["R@1", "R@1000"] and {
+        "MRR",
+        "AMI",
+        "intra",
+        "inter",
+        "intra/inter",
+        "spectral decay",
+        "effective rank",
+    } <= {*everything}
     assert everything["R@1000"] == 1
     before = x.clone(), y.clone()
     evaluate(x, y)
@@ -185,13 +201,22 @@ def test_the_contract():
 def pml(query, labels, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator", reason="pytorch-metric-learning is not installed")
+        calculator = pytest.importorskip(
+            "pytorch_metric_learning.utils.accuracy_calculator", reason="pytorch-metric-learning is not installed"
+        )
         include = ("precision_at_1", "mean_average_precision_at_r", "r_precision", "mean_reciprocal_rank")
         k = 59 if len(query) == 60 else "max_bin_count"
-        return calculator.AccuracyCalculator(include=include, k=k, device=torch.device("cpu")).get_accuracy(query, labels, **kwargs)
+        return calculator.AccuracyCalculator(include=include, k=k, device=torch.device("cpu")).get_accuracy(
+            query, labels, **kwargs
+        )
 
 
-NAMES = {"R@1": "precision_at_1", "MAP@R": "mean_average_precision_at_r", "R-precision": "r_precision", "MRR": "mean_reciprocal_rank"}
+NAMES = {
+    "R@1": "precision_at_1",
+    "MAP@R": "mean_average_precision_at_r",
+    "R-precision": "r_precision",
+    "MRR": "mean_reciprocal_rank",
+}
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -208,7 +233,12 @@ def test_agrees_with_pytorch_metric_learning(name):
             continue  # their depth is R + 1, and what is deeper counts as 0
         if name == "nearly copies":
             continue  # below the resolution of their float32 distances
-        assert low[metric] - 1e-6 <= theirs[other] <= high[metric] + 1e-6, (metric, low[metric], theirs[other], high[metric])
+        assert low[metric] - 1e-6 <= theirs[other] <= high[metric] + 1e-6, (
+            metric,
+            low[metric],
+            theirs[other],
+            high[metric],
+        )
         if name in ("random", "clustered", "lone classes", "one class", "one class has most"):
             assert theirs[other] == pytest.approx(high[metric], abs=1e-6 if metric == "MRR" else 1e-12)
 
@@ -238,7 +268,15 @@ def test_recall_agrees_with_faiss(name):
     for k in K:
         theirs = (y.numpy()[near[:, :k]] == y.numpy()[:, None]).any(1).mean()
         assert low[f"R@{k}"] - 1e-12 <= theirs <= high[f"R@{k}"] + 1e-12
-        if name in ("random", "clustered", "half precision", "double precision", "lone classes", "one class", "column-major"):
+        if name in (
+            "random",
+            "clustered",
+            "half precision",
+            "double precision",
+            "lone classes",
+            "one class",
+            "column-major",
+        ):
             assert theirs == pytest.approx(high[f"R@{k}"], abs=1e-12)
 
 
@@ -251,7 +289,9 @@ small = st.integers(-2, 2)
 def sets(draw, least=2):
     "Points of a coarse grid, so that ties abound."
     n, d = draw(st.integers(least, 14)), draw(st.integers(1, 3))
-    x = torch.tensor(draw(st.lists(st.lists(small, min_size=d, max_size=d), min_size=n, max_size=n)), dtype=torch.float32)
+    x = torch.tensor(
+        draw(st.lists(st.lists(small, min_size=d, max_size=d), min_size=n, max_size=n)), dtype=torch.float32
+    )
     return x, torch.tensor(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
 
 
@@ -315,7 +355,9 @@ def test_far_images_of_other_classes_change_nothing(part, count):
     far[:, -1] = -1
     half = len(x) // 2
     found = with_positives(x[:half], y[:half], x[half:], y[half:])
-    more = with_positives(x[:half], y[:half], torch.cat([far, x[half:]]), torch.cat([torch.full((count,), 7), y[half:]]))
+    more = with_positives(
+        x[:half], y[:half], torch.cat([far, x[half:]]), torch.cat([torch.full((count,), 7), y[half:]])
+    )
     for ties in RULES:
         agree(more[ties], found[ties])
 
@@ -360,7 +402,16 @@ def test_labels_may_be_lists_arrays_or_encoded_names():
     x, y = DATA["clustered"]
     expected = evaluate(x, y, with_nmi=False)
     table = pd.DataFrame({"label": torch.cat([y, y]).numpy()}).iloc[len(y) :]
-    for labels in (y.tolist(), y.numpy(), y.int(), y - 5, y * 10**12, table["label"], table["label"].astype("Int64"), y.numpy().astype(np.uint16)):
+    for labels in (
+        y.tolist(),
+        y.numpy(),
+        y.int(),
+        y - 5,
+        y * 10**12,
+        table["label"],
+        table["label"].astype("Int64"),
+        y.numpy().astype(np.uint16),
+    ):
         assert evaluate(x, labels, with_nmi=False) == expected
     encoded, names = encode_labels([f"class {i}" for i in y.tolist()])
     assert evaluate(x, encoded, with_nmi=False) == expected and names == sorted(names)
@@ -408,7 +459,9 @@ def test_clusters_agree_with_scikit_learn():
         found = kmeans(x, 8, seed=3, backend=backend)
         assert torch.equal(found, kmeans(x * 5, 8, seed=3, backend=backend)) and len(found.unique()) == 8
         scores = cluster_agreement(x, y, seed=3, backend=backend)
-        assert scores == pytest.approx(dict(NMI=metrics.normalized_mutual_info_score(y, found), AMI=metrics.adjusted_mutual_info_score(y, found)))
+        assert scores == pytest.approx(
+            dict(NMI=metrics.normalized_mutual_info_score(y, found), AMI=metrics.adjusted_mutual_info_score(y, found))
+        )
     tight = torch.eye(8)[y] + 0.01 * torch.randn(60, 8)
     assert cluster_agreement(tight, y, restarts=20) == pytest.approx(dict(NMI=1.0, AMI=1.0))
 
@@ -421,7 +474,9 @@ def test_distances_and_spectrum_agree_with_loops():
         intra = torch.stack([torch.pdist(m).mean() for m in members if len(m) > 1]).mean()
         inter = torch.pdist(torch.stack([m.mean(0) for m in members])).mean()
         found = class_distances(x, y, memory_mb=0.001)
-        assert found == pytest.approx({"intra": intra.item(), "inter": inter.item(), "intra/inter": (intra / inter).item()}, rel=1e-6)
+        assert found == pytest.approx(
+            {"intra": intra.item(), "inter": inter.item(), "intra/inter": (intra / inter).item()}, rel=1e-6
+        )
         s = torch.linalg.svdvals(z)
         s = s / s.sum()
         assert spectrum(x)["spectral decay"] == pytest.approx(-(s.log().mean() + math.log(6)).item(), rel=1e-6)
@@ -465,7 +520,10 @@ def test_intervals_hold_the_value_and_repeat():
 def dense_k_reciprocal(x, k1, k2, weight):
     "The definitions of Zhong et al. with sets and whole matrices."
     cos = (unit(x).double() @ unit(x).double().T).numpy()
-    n, near = len(cos), [[p] + [g for g in np.argsort(-np.float32(cos[p]), kind="stable") if g != p] for p in range(len(cos))]
+    n, near = (
+        len(cos),
+        [[p] + [g for g in np.argsort(-np.float32(cos[p]), kind="stable") if g != p] for p in range(len(cos))],
+    )
 
     def R(p, k):
         return {g for g in near[p][: k + 1] if p in near[g][: k + 1]}
@@ -504,7 +562,9 @@ def test_re_ranking_is_reported_beside_the_plain_metric(name):
     "Also where everything is tied, zero or copied."
     x, y = DATA[name]
     n = min(5, len(x) - 1)
-    methods = {method: dict(n=n) for method in ("query_expansion", "database_augmentation", "both_expansions")} | dict(k_reciprocal=dict(k1=n, k2=min(2, n)))
+    methods = {method: dict(n=n) for method in ("query_expansion", "database_augmentation", "both_expansions")} | dict(
+        k_reciprocal=dict(k1=n, k2=min(2, n))
+    )
     report = rerank_report(x, y, methods=methods)
     assert report.index[0] == "plain" and len(report) == 5
     with warnings.catch_warnings():
@@ -519,14 +579,19 @@ def test_k_reciprocal_at_its_defaults_whatever_the_budget():
     g = torch.Generator().manual_seed(5)
     y = torch.arange(300) % 100
     x = torch.randn(100, 8, generator=g)[y] + torch.randn(300, 8, generator=g)
-    reports = [rerank_report(x, y, methods=("k_reciprocal",), memory_mb=memory_mb).drop(columns="seconds") for memory_mb in (256.0, 0.2)]
+    reports = [
+        rerank_report(x, y, methods=("k_reciprocal",), memory_mb=memory_mb).drop(columns="seconds")
+        for memory_mb in (256.0, 0.2)
+    ]
     pd.testing.assert_frame_equal(*reports, rtol=0, atol=1e-12)
     ranker, whole = (KReciprocal(x, memory_mb=memory_mb) for memory_mb in (0.2, 256.0))
     assert len(list(ranker._chunks(None))) > 5
     start = torch.randint(0, 9, (300,), generator=g).cumsum(0)
     start = torch.cat([start[:1] * 0, start])
     ids = torch.randint(0, 300, (int(start[-1]),), generator=g)
-    assert torch.equal(ranker.pair_scores(torch.arange(300), start, ids), whole.pair_scores(torch.arange(300), start, ids))
+    assert torch.equal(
+        ranker.pair_scores(torch.arange(300), start, ids), whole.pair_scores(torch.arange(300), start, ids)
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -574,31 +639,49 @@ more(lambda: expand(few, n=200, memory_mb=16))
 def test_memory_is_bounded():
     "Large classes, ties everywhere, wide expansions: twice the budget of 64 MB, and no more (16 MB for the last)."
     given_back_at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY], env=given_back_at_once, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEMORY],
+        env=given_back_at_once,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     grown = [int(mb) for mb in run.stdout.split()]
     assert len(grown) == 7 and max(grown[:-1]) < 128 and grown[-1] < 64, grown
 
 
 def test_ranker_of_another_class_is_taken():
     x, y = DATA["clustered"]
-    agree(each_query(x, y, ranker=Ranker(x, metric="cosine", precision="float32"))["optimistic"], each_query(x, y)["optimistic"])
+    agree(
+        each_query(x, y, ranker=Ranker(x, metric="cosine", precision="float32"))["optimistic"],
+        each_query(x, y)["optimistic"],
+    )
 
 
 # training on several processes
 
 
 def short_run(rank=0):
-    from dml_nb.training.learner import dml_learner, feature_dls
     from dml_nb.losses import create_loss
     from dml_nb.models.embedder import EmbeddingHead
+    from dml_nb.training.learner import dml_learner, feature_dls
 
     torch.manual_seed(0)
     y = torch.arange(101) // 5
     x = torch.randn(21, 16)[y] + torch.randn(101, 16)
-    learn = dml_learner(feature_dls(x, y, x, y, batch_size=25), EmbeddingHead(16, 8), create_loss("proxy_anchor", 21, 8), lr=1e-3, evaluate_every=2)
+    learn = dml_learner(
+        feature_dls(x, y, x, y, batch_size=25),
+        EmbeddingHead(16, 8),
+        create_loss("proxy_anchor", 21, 8),
+        lr=1e-3,
+        evaluate_every=2,
+    )
     with learn.no_bar(), learn.no_logging():
         learn.fit_schedule(4)
-    lines = [{name: value for name, value in line.items() if "seconds" not in name} for line in learn.retrieval_metrics.history]
+    lines = [
+        {name: value for name, value in line.items() if "seconds" not in name}
+        for line in learn.retrieval_metrics.history
+    ]
     return lines, learn.retrieval_metrics.embeddings
 
 

@@ -32,38 +32,83 @@ EASY = dict(allowed_pos_range=(0, 0.9999), allowed_neg_range=(0, 1))
 
 # what is compared: our parameters, their loss, the tolerance where theirs has an epsilon of its own
 PAIRS = {
-    "contrastive": ([dict(variant="pml", margin=0.5, pos_margin=0.1)], lambda: losses.ContrastiveLoss(pos_margin=0.1, neg_margin=0.5)),
+    "contrastive": (
+        [dict(variant="pml", margin=0.5, pos_margin=0.1)],
+        lambda: losses.ContrastiveLoss(pos_margin=0.1, neg_margin=0.5),
+    ),
     "multi_similarity": ([dict(mining_eps=None)], lambda: losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)),
-    "multi_similarity, mined": ([dict()], lambda: mined(losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1))),
+    "multi_similarity, mined": (
+        [dict()],
+        lambda: mined(losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1)),
+    ),
     "circle": ([dict()], lambda: losses.CircleLoss(m=0.4, gamma=80), 1e-9),
     "circle, faces": ([dict(preset="face")], lambda: losses.CircleLoss(m=0.25, gamma=256), 1e-9),
-    "triplet, squared": ([dict(rule="all", reduction="active")], lambda: losses.TripletMarginLoss(0.2, distance=squared())),
+    "triplet, squared": (
+        [dict(rule="all", reduction="active")],
+        lambda: losses.TripletMarginLoss(0.2, distance=squared()),
+    ),
     "triplet": ([dict(rule="all", squared=False, reduction="active")], lambda: losses.TripletMarginLoss(0.2)),
-    "triplet, plain mean": ([dict(rule="all")], lambda: losses.TripletMarginLoss(0.2, distance=squared(), reducer=reducers.MeanReducer())),
-    "triplet, semi-hard": ([dict(preset="proxy_anchor_repo")], lambda: mined(losses.TripletMarginLoss(0.1), miners.TripletMarginMiner(0.1, "semihard"))),
-    "triplet, hardest": ([dict(miner="hard", reduction="active")], lambda: mined(losses.TripletMarginLoss(0.2, distance=squared()), miners.BatchHardMiner())),
+    "triplet, plain mean": (
+        [dict(rule="all")],
+        lambda: losses.TripletMarginLoss(0.2, distance=squared(), reducer=reducers.MeanReducer()),
+    ),
+    "triplet, semi-hard": (
+        [dict(preset="proxy_anchor_repo")],
+        lambda: mined(losses.TripletMarginLoss(0.1), miners.TripletMarginMiner(0.1, "semihard")),
+    ),
+    "triplet, hardest": (
+        [dict(miner="hard", reduction="active")],
+        lambda: mined(losses.TripletMarginLoss(0.2, distance=squared()), miners.BatchHardMiner()),
+    ),
     "margin": ([dict(rule="all")], losses.MarginLoss, 1e-6),
     "npair": ([dict(preset="pml")], losses.NPairsLoss),
-    "npair, raw": ([dict(preset="proxy_anchor_repo")], lambda: losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))),
+    "npair, raw": (
+        [dict(preset="proxy_anchor_repo")],
+        lambda: losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),
+    ),
     "tuplet_margin": ([dict()], lambda: losses.TupletMarginLoss(5.73, 64)),
     "intra_pair_variance": ([dict()], losses.IntraPairVarianceLoss),
     "nca": ([dict()], lambda: losses.NCALoss(1)),
     "ranked_list": ([dict(preset="pml")], lambda: losses.RankedListLoss(margin=0.4, Tn=10)),
     "lifted_structure": ([dict(normalize=True)], losses.LiftedStructureLoss),
-    "lifted_structure, raw": ([dict()], lambda: losses.LiftedStructureLoss(distance=distances.LpDistance(normalize_embeddings=False))),
-    "easy_positive, hard": ([dict(preset="ephn")], lambda: mined(losses.NTXentLoss(temperature=0.1), miners.BatchEasyHardMiner("easy", "hard", distance=distances.CosineSimilarity(), **EASY))),
-    "easy_positive": ([dict()], lambda: mined(losses.NTXentLoss(temperature=0.1), miners.BatchEasyHardMiner("easy", "semihard", distance=distances.CosineSimilarity(), **EASY))),
+    "lifted_structure, raw": (
+        [dict()],
+        lambda: losses.LiftedStructureLoss(distance=distances.LpDistance(normalize_embeddings=False)),
+    ),
+    "easy_positive, hard": (
+        [dict(preset="ephn")],
+        lambda: mined(
+            losses.NTXentLoss(temperature=0.1),
+            miners.BatchEasyHardMiner("easy", "hard", distance=distances.CosineSimilarity(), **EASY),
+        ),
+    ),
+    "easy_positive": (
+        [dict()],
+        lambda: mined(
+            losses.NTXentLoss(temperature=0.1),
+            miners.BatchEasyHardMiner("easy", "semihard", distance=distances.CosineSimilarity(), **EASY),
+        ),
+    ),
 }
 
 PROXIES = {
     "norm_softmax": ([dict()], lambda: losses.NormalizedSoftmaxLoss(C, D)),
     "cosface": ([dict()], lambda: losses.CosFaceLoss(C, D)),
     "arcface": ([dict()], lambda: losses.ArcFaceLoss(C, D)),
-    "arcface, revisiting": ([dict(preset="revisiting")], lambda: losses.ArcFaceLoss(C, D, margin=math.degrees(0.5), scale=16)),
+    "arcface, revisiting": (
+        [dict(preset="revisiting")],
+        lambda: losses.ArcFaceLoss(C, D, margin=math.degrees(0.5), scale=16),
+    ),
     "softtriple": ([dict(proxies_per_class=3, tau=0.0)], lambda: losses.SoftTripleLoss(C, D, centers_per_class=3)),
     "softtriple, regularised": (
         [dict(proxies_per_class=3)],
-        lambda: losses.SoftTripleLoss(C, D, centers_per_class=3, weight_regularizer=regularizers.SparseCentersRegularizer(C, 3), weight_reg_weight=0.2),
+        lambda: losses.SoftTripleLoss(
+            C,
+            D,
+            centers_per_class=3,
+            weight_regularizer=regularizers.SparseCentersRegularizer(C, 3),
+            weight_reg_weight=0.2,
+        ),
         1e-5,
     ),
     "proxy_nca": ([dict(smoothing=0.0)], lambda: losses.ProxyNCALoss(C, D, softmax_scale=9)),
@@ -115,7 +160,9 @@ def test_proxy_losses_agree(case):
         agree(ours, other, x, y, *(tolerance or [1e-10]))
         mine, yours = (torch.autograd.grad(loss(x, y), p)[0] for loss, p in ((ours, ours.proxies), (other, weight)))
         mine = mine.flatten(0, -2)
-        torch.testing.assert_close(mine, yours if yours.shape == mine.shape else yours.T, rtol=max(1e-5, 10 * (tolerance or [0])[0]), atol=1e-8)
+        torch.testing.assert_close(
+            mine, yours if yours.shape == mine.shape else yours.T, rtol=max(1e-5, 10 * (tolerance or [0])[0]), atol=1e-8
+        )
 
 
 def test_histogram_agrees():
@@ -138,9 +185,13 @@ def test_index_tuples_work_in_both_directions():
     for x, y in batches():
         theirs = miners.MultiSimilarityMiner(0.1)(x, y)
         loss = create_loss("contrastive", variant="pml")
-        assert loss(x, y, indices_tuple=theirs).item() == pytest.approx(losses.ContrastiveLoss()(x, y, theirs).item(), rel=1e-10)
+        assert loss(x, y, indices_tuple=theirs).item() == pytest.approx(
+            losses.ContrastiveLoss()(x, y, theirs).item(), rel=1e-10
+        )
         ours = create_miner("multi_similarity")(x, y)
-        assert losses.MultiSimilarityLoss()(x, y, ours).item() == pytest.approx(create_loss("multi_similarity")(x, y).item(), rel=1e-10)
+        assert losses.MultiSimilarityLoss()(x, y, ours).item() == pytest.approx(
+            create_loss("multi_similarity")(x, y).item(), rel=1e-10
+        )
         triplets = create_miner("hard")(x, y)
         hardest = create_loss("triplet", squared=False, reduction="active")(x, y, indices_tuple=triplets)
         assert losses.TripletMarginLoss(0.2)(x, y, triplets).item() == pytest.approx(hardest.item(), rel=1e-10)
@@ -157,7 +208,10 @@ def test_index_tuples_work_in_both_directions():
 )
 def test_miners_choose_the_same(ours, theirs):
     for x, y in batches():
-        mine, yours = (torch.stack(to_masks(miner(x, y), (len(x), len(x)))) for miner in (create_miner(ours[0], **ours[1]), theirs()))
+        mine, yours = (
+            torch.stack(to_masks(miner(x, y), (len(x), len(x))))
+            for miner in (create_miner(ours[0], **ours[1]), theirs())
+        )
         assert mine.equal(yours)
 
 

@@ -16,19 +16,29 @@ from scipy import stats
 from dml_nb.experiments import compare
 from dml_nb.experiments.compare import CLAIMED, OWN, RANK, side_by_side
 from dml_nb.experiments.forms import styled, to_html, to_markdown
-from dml_nb.experiments.statistics import agreement, holm, paired, paired_tests, variant_tests
 from dml_nb.experiments.parts import parts
+from dml_nb.experiments.recipes import settings_for
 from dml_nb.experiments.report import load_results, write_report
 from dml_nb.experiments.results import interval, runs_frame
+from dml_nb.experiments.statistics import agreement, holm, paired, paired_tests, variant_tests
 from dml_nb.experiments.tables import all_rows, missing, row_of
-from dml_nb.experiments.recipes import settings_for
 
 ROOT = Path(__file__).parents[1]
 FROZEN = dict(dataset="cub", backbone="efficientnet_lite0", regime="frozen")
 SECONDS = dict(train=1, evaluate=1, fit=2, notebook=3)
 
 
-def write_run(out: Path, row: str, seed: int = 0, r1: float = 0.55, version: str = "0.0.1", place: dict = FROZEN, own: bool = False, commit: str = "c1", **overrides) -> dict:
+def write_run(
+    out: Path,
+    row: str,
+    seed: int = 0,
+    r1: float = 0.55,
+    version: str = "0.0.1",
+    place: dict = FROZEN,
+    own: bool = False,
+    commit: str = "c1",
+    **overrides,
+) -> dict:
     "What a run leaves behind, without running."
     row = row_of(row)
     settings = settings_for(row, **place, **overrides)
@@ -36,11 +46,27 @@ def write_run(out: Path, row: str, seed: int = 0, r1: float = 0.55, version: str
     curve = pd.DataFrame({"epoch": range(settings["epochs"]), "train_loss": 5.0})
     curve["R@1"] = r1 - 0.02 * 0.5**curve.epoch + 0.003 * np.sin(seed + curve.epoch)
     curve["MAP@R"], curve["R@2"] = curve["R@1"] / 3, curve["R@1"] + 0.1
-    curve["deviation"] = np.where(curve.epoch < start, 1.2, 1.8 - 0.9 * settings["params"].get("calib_lambda", 1)) + 0.01 * seed
+    curve["deviation"] = (
+        np.where(curve.epoch < start, 1.2, 1.8 - 0.9 * settings["params"].get("calib_lambda", 1)) + 0.01 * seed
+    )
     best = int(curve["R@1"].idxmax())
     last = curve.drop(columns="train_loss").iloc[-1].to_dict()
-    result = dict(row=row.id, method=row.method, table=row.table, seed=seed, settings=settings, claimed=row.claimed, own_setting=own, last=last)
-    result |= dict(best=curve.drop(columns="train_loss").loc[best].to_dict(), data_checksum="d1", seconds=SECONDS, environment=dict(dml_nb=version, commit=commit))
+    result = dict(
+        row=row.id,
+        method=row.method,
+        table=row.table,
+        seed=seed,
+        settings=settings,
+        claimed=row.claimed,
+        own_setting=own,
+        last=last,
+    )
+    result |= dict(
+        best=curve.drop(columns="train_loss").loc[best].to_dict(),
+        data_checksum="d1",
+        seconds=SECONDS,
+        environment=dict(dml_nb=version, commit=commit),
+    )
     name = re.sub("[^a-z0-9]+", "-", f"{version}-{json.dumps(place)}-{json.dumps(overrides)}".lower())
     folder = out / row.id / name / f"seed{seed}"
     folder.mkdir(parents=True)
@@ -99,7 +125,10 @@ def test_sizes_are_neither_tested_nor_ranked_together(tmp_path):
             write_run(tmp_path, f"002-IV/cub-{name}", seed, r1 + 0.001 * seed)
     results = load_results(tmp_path)
     tests = paired_tests(results)
-    assert len(tests) == 2 and {frozenset(pair) for pair in zip(tests.a, tests.b)} == {frozenset(("Proxy-NCA", "N-pair")), frozenset(("Proxy Anchor", "Circle loss"))}
+    assert len(tests) == 2 and {frozenset(pair) for pair in zip(tests.a, tests.b)} == {
+        frozenset(("Proxy-NCA", "N-pair")),
+        frozenset(("Proxy Anchor", "Circle loss")),
+    }
     beside = side_by_side(results)
     ranks = beside.xs(RANK, axis=1, level=1).iloc[:, 0].droplevel(["claimed for", "changed"])
     assert ranks.to_dict() == {
@@ -121,12 +150,20 @@ def test_bold_is_within_a_section_and_for_runs_after_the_recipe(tmp_path):
     results = load_results(tmp_path)
     for result in results:  # Cars cannot run on this machine: as if these had
         if result["row"] == "002-IV/cub-n-pair":
-            result.update(row="002-IV/cars-n-pair", method="N-pair on Cars", claimed=row_of("002-IV/cars-n-pair").claimed)
+            result.update(
+                row="002-IV/cars-n-pair", method="N-pair on Cars", claimed=row_of("002-IV/cars-n-pair").claimed
+            )
     html = styled(side_by_side(results)).to_html()
     ids = re.findall(r"#(\S+?)[,\s{]", "".join(re.findall(r"([^}]*)\{\s*font-weight: bold", html)))
     bold = {re.search(rf'id="{id}"[^>]*>([^<]*)<', html)[1] for id in ids}
-    best = {f"{100 * r['best']['R@1']:.1f}" for r in results if r["method"] in ("Proxy Anchor", "Proxy-NCA", "N-pair on Cars")}
-    assert best <= bold and not bold & {f"{100 * r['best']['R@1']:.1f}" for r in results if r["method"] == "Circle loss"}
+    best = {
+        f"{100 * r['best']['R@1']:.1f}"
+        for r in results
+        if r["method"] in ("Proxy Anchor", "Proxy-NCA", "N-pair on Cars")
+    }
+    assert best <= bold and not bold & {
+        f"{100 * r['best']['R@1']:.1f}" for r in results if r["method"] == "Circle loss"
+    }
 
 
 def test_a_run_of_an_old_recipe_is_not_the_tables_setting(tmp_path):
@@ -151,7 +188,13 @@ def test_two_seeds_have_no_p_value_and_still_count_in_the_family(tmp_path):
 
 
 def test_the_report_says_what_the_comparison_says_about_the_claimed_order(tmp_path):
-    order = ["circle-loss", "softtriple", "proxy-anchor", "cp-proxy-anchor-loss", "multi-similarity"]  # ours, worst first
+    order = [
+        "circle-loss",
+        "softtriple",
+        "proxy-anchor",
+        "cp-proxy-anchor-loss",
+        "multi-similarity",
+    ]  # ours, worst first
     for seed in range(3):
         for i, name in enumerate(order):
             write_run(tmp_path, f"002-IV/cub-{name}", seed, 0.5 + 0.02 * i, commit=f"c{seed}")
@@ -164,7 +207,10 @@ def test_the_report_says_what_the_comparison_says_about_the_claimed_order(tmp_pa
     assert found.tau["002-IV, cub, 512-d"] == pytest.approx(stats.kendalltau(claimed, ours).statistic)
     assert found.rho["002-IV, cub, 512-d"] == pytest.approx(stats.spearmanr(claimed, ours).statistic)
     text = to_markdown(results)
-    assert "over 5 methods by R@1" in text and "2 methods by R@1, too few for a rank correlation; pairs in the claimed order: 1 of 1" in text
+    assert (
+        "over 5 methods by R@1" in text
+        and "2 methods by R@1, too few for a rank correlation; pairs in the claimed order: 1 of 1" in text
+    )
     assert "3 commits, 0 of them with changes" in text and "5 lines with seeds of more than one commit" in text
     html = to_html(results, {})
     assert html.count("<tbody>") == 5 and "too few for a rank correlation" in html
@@ -188,7 +234,10 @@ def test_every_metric_that_a_table_claims_is_shown(tmp_path):
     write_run(tmp_path, "002-III/cub-cosface")
     write_run(tmp_path, "002-IV/cub-proxy-anchor")
     assert {c[1] for c in side_by_side(load_results(tmp_path, "III")) if c[0] == CLAIMED} == {"MAP@R"}
-    assert [c[1] for c in side_by_side(load_results(tmp_path, "IV")) if c[0] == CLAIMED] == ["R@1", "R@2"]  # R@4 and R@8 were not measured
+    assert [c[1] for c in side_by_side(load_results(tmp_path, "IV")) if c[0] == CLAIMED] == [
+        "R@1",
+        "R@2",
+    ]  # R@4 and R@8 were not measured
 
 
 def test_every_row_keeps_its_claims_and_gets_no_difference_in_another_setting(tmp_path):
@@ -222,7 +271,11 @@ def test_paired_is_scipys_paired_t_test_over_common_seeds(pairs):
     if np.ptp(d) > 1e-6:
         expected = stats.ttest_rel(a[1:], b[1:])
         low, high = expected.confidence_interval()
-        assert got["p_t"] == pytest.approx(expected.pvalue) and got["half"] == pytest.approx((high - low) / 2) and interval(d)[0] == got["difference"]
+        assert (
+            got["p_t"] == pytest.approx(expected.pvalue)
+            and got["half"] == pytest.approx((high - low) / 2)
+            and interval(d)[0] == got["difference"]
+        )
 
 
 def test_tests_do_not_cross_settings(tmp_path):
@@ -240,21 +293,34 @@ def test_command_writes_every_form_and_names_bad_files(shell, tmp_path):
         write_run(tmp_path / "runs", "002-II/cub-pa-multi-proxy-k-3-without-cp", seed, 0.56)
     assert "other setting" in shell("report", "II")
     assert {p.suffix for p in (tmp_path / "runs").glob("report-II.*")} == {".md", ".csv", ".html", ".png", ".tex"}
-    assert "written" in shell("report", "--runs", tmp_path / "runs", "--runs", tmp_path / "runs", "--out", tmp_path / "both")
+    assert "written" in shell(
+        "report", "--runs", tmp_path / "runs", "--runs", tmp_path / "runs", "--out", tmp_path / "both"
+    )
     assert (tmp_path / "both" / "report.html").exists() and not (tmp_path / "runs" / "report.html").exists()
     assert "use one of 000-T1, 001-T1" in shell("report", "T1", status=1)
     bad = tmp_path / "runs" / "bad" / "seed0" / "result.json"
     bad.parent.mkdir(parents=True)
-    for text, word in (('{"row"', "is damaged"), ("[]", "is damaged"), (json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(environment=dict(dml_nb="99.0"))), "was written by dml_nb 99.0")):
+    for text, word in (
+        ('{"row"', "is damaged"),
+        ("[]", "is damaged"),
+        (
+            json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(environment=dict(dml_nb="99.0"))),
+            "was written by dml_nb 99.0",
+        ),
+    ):
         bad.write_text(text)
         assert word in shell("report", "II", status=1)
     bad.unlink()
-    bad.write_text(json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(last={"epoch": 0, "R@1": "x", "MAP@R": 0.1})))
+    bad.write_text(
+        json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(last={"epoch": 0, "R@1": "x", "MAP@R": 0.1}))
+    )
     output = shell("report", "II", status=1)
     assert "bad/seed0/result.json is damaged (no number in last.R@1)" in output and "run its row again" in output
 
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -269,13 +335,21 @@ def test_page_sorts_by_number_in_a_browser(tmp_path):
         find = "const head = [...document.querySelectorAll('table.sortable th')].find(h => h.innerText.includes('R@1 last'));"
         click = ";{" + find + "head.click();" * clicks + "}"
         page.write_text(text.replace("</script>", click + "</script>"))
-        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom", page.as_uri()]
+        command = [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}/profile",
+            "--dump-dom",
+            page.as_uri(),
+        ]
         dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
         table = next(part for part in dom.split("</table>") if "R@1 last" in part)
         return re.findall(r"<td[^>]*>CP \+ PA (K=\d)</td>", table)
 
     assert order(0) == ["K=1", "K=2", "K=3"]
-    assert order(1) == ["K=2", "K=3", "K=1"] # highest first; as text "9.1" would come first
+    assert order(1) == ["K=2", "K=3", "K=1"]  # highest first; as text "9.1" would come first
     assert order(2) == ["K=1", "K=3", "K=2"]
 
 
@@ -283,26 +357,57 @@ def execute(name: str, where: Path, **parameters) -> str:
     "Text of all outputs of a figure notebook."
     import papermill
 
-    notebook = papermill.execute_notebook(ROOT / "nbs" / "rows" / f"{name}.ipynb", where / f"{name}.ipynb", parameters, kernel_name="python3", progress_bar=False, cwd=str(where))
-    parts = [o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain", "") for cell in notebook.cells for o in cell.get("outputs", [])]
+    notebook = papermill.execute_notebook(
+        ROOT / "nbs" / "rows" / f"{name}.ipynb",
+        where / f"{name}.ipynb",
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(where),
+    )
+    parts = [
+        o.get("text") or o.get("data", {}).get("text/markdown") or o.get("data", {}).get("text/plain", "")
+        for cell in notebook.cells
+        for o in cell.get("outputs", [])
+    ]
     assert (where / "runs" / f"{name}.png").exists() or list((where / "runs").glob(f"{name}-*.png"))
     return "\n".join("".join(part) for part in parts)
 
 
 def test_settling_notebook_judges_each_option_against_the_base(tmp_path):
     for seed in range(4):
-        for overrides, r1 in (({}, 0.55), (dict(combine="average"), 0.58), (dict(calib_lambda=0), 0.55), (dict(calib_lambda=1), 0.5)):
+        for overrides, r1 in (
+            ({}, 0.55),
+            (dict(combine="average"), 0.58),
+            (dict(calib_lambda=0), 0.55),
+            (dict(calib_lambda=1), 0.5),
+        ):
             write_run(tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed, r1 + 0.001 * seed * len(overrides), **overrides)
     text = execute("settling", tmp_path, runs="runs")
-    assert re.search(r"R@1 last\*\*\. Better than the base: `combine=average` \(\+3\.\d+\)\. Worse: `calib_lambda=1` \(-4\.\d+\)", text)
-    assert "in all seeds: `calib_lambda=1`; it does not with `base`, `combine=average`. Calibration off, it stays above: yes" in text
+    assert re.search(
+        r"R@1 last\*\*\. Better than the base: `combine=average` \(\+3\.\d+\)\. Worse: `calib_lambda=1` \(-4\.\d+\)",
+        text,
+    )
+    assert (
+        "in all seeds: `calib_lambda=1`; it does not with `base`, `combine=average`. Calibration off, it stays above: yes"
+        in text
+    )
 
 
 def test_figure_notebooks_read_a_folder_of_results(tmp_path):
     for seed in range(2):
-        for overrides in ({}, dict(capacity=5), dict(capacity=60), dict(start_epoch=0), dict(start_epoch=5), dict(calib_lambda=0)):
+        for overrides in (
+            {},
+            dict(capacity=5),
+            dict(capacity=60),
+            dict(start_epoch=0),
+            dict(start_epoch=5),
+            dict(calib_lambda=0),
+        ):
             write_run(tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed, 0.55 + 0.01 * len(overrides), **overrides)
-        write_run(tmp_path / "runs", "002-II/cub-pa-multi-proxy-k-3-without-cp", seed, 0.56, epochs=10, lr=0.001, alpha=8.0)
+        write_run(
+            tmp_path / "runs", "002-II/cub-pa-multi-proxy-k-3-without-cp", seed, 0.56, epochs=10, lr=0.001, alpha=8.0
+        )
     assert "λ=0" in execute("figure3", tmp_path, runs="runs")
     assert "capacity" in execute("figure4", tmp_path, runs="runs")
 
@@ -313,7 +418,16 @@ def test_notebooks_that_train_what_they_show(tmp_path, glyph_folder):
     (tmp_path / "runs").mkdir()
     settings = json.dumps(dict(epochs=2, start_epoch=1, alpha=16.0, **small))
     execute("figure1", tmp_path, **place, settings=settings, weights="0,1", classes=3, out="runs")
-    execute("calibration", tmp_path, **place, epochs=2, start_epoch=1, seeds=[0], common=dict(lr=1e-3, **small), folder="runs")
+    execute(
+        "calibration",
+        tmp_path,
+        **place,
+        epochs=2,
+        start_epoch=1,
+        seeds=[0],
+        common=dict(lr=1e-3, **small),
+        folder="runs",
+    )
     table = pd.read_csv(next((tmp_path / "runs").glob("calibration-*.csv")))
     assert table.variant.nunique() == 6 and (table[table.epoch == 1].ratio > 0).all()
 
@@ -326,7 +440,9 @@ def test_ablation_notebook_reads_tables_one_and_two(tmp_path):
             write_run(tmp_path / "runs", row, seed, r1 + 0.001 * seed)
     execute("ablations", tmp_path, runs="runs")
     first, second = (pd.read_csv(tmp_path / "runs" / f"table{n}-cub.csv", header=[0, 1], index_col=0) for n in (1, 2))
-    assert first["last epoch", "difference"].iloc[2] == "2.00 ± 0.00"  # against the line above; both were trained for as many epochs
+    assert (
+        first["last epoch", "difference"].iloc[2] == "2.00 ± 0.00"
+    )  # against the line above; both were trained for as many epochs
     claimed = next(c for c in first if c[0].startswith("the paper's"))
     assert first[claimed].astype(float).tolist() == [float(all_rows()[row].claimed["R@1"]) for row in list(rows)[:3]]
     assert second.index.tolist() == [1, 3] and second["the paper's", "with CP"].tolist() == [69.2, 69.8]
@@ -339,7 +455,13 @@ def test_noise_notebook_pairs_each_host_with_cp(tmp_path):
         for names in hosts.items():
             for name in names:
                 for rate in (10, 50):
-                    write_run(tmp_path / "runs", f"002-V/cub-{name}-noise-{rate}", seed, 0.55 - 0.002 * rate, embedding_size=512)
+                    write_run(
+                        tmp_path / "runs",
+                        f"002-V/cub-{name}-noise-{rate}",
+                        seed,
+                        0.55 - 0.002 * rate,
+                        embedding_size=512,
+                    )
                 write_run(tmp_path / "runs", f"002-IV/cub-{clean.get(name, name)}", seed, 0.55, embedding_size=512)
     text = execute("noise", tmp_path, runs="runs")
     assert text.count("SoftTriple, last epoch: from clean labels to 50 %") == 1 and "Proxy-NCA" in text

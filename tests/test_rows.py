@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dml_nb
-from dml_nb.experiments.provenance import contradictions, describe, explain
-from dml_nb.experiments import tables as rows_module
 from dml_nb.experiments import recipes as settings_module
+from dml_nb.experiments import tables as rows_module
+from dml_nb.experiments.provenance import contradictions, describe, explain
+from dml_nb.experiments.recipes import check_keys, layers, loss_defaults, own_setting, settings_for
 from dml_nb.experiments.tables import (
     all_rows,
     count_printed,
@@ -25,7 +26,6 @@ from dml_nb.experiments.tables import (
     rows_of,
     slug,
 )
-from dml_nb.experiments.recipes import check_keys, layers, loss_defaults, own_setting, settings_for
 from dml_nb.losses import create_loss, list_losses
 
 FOLDER = Path(dml_nb.__file__).parent / "experiments"
@@ -157,9 +157,14 @@ def test_every_value_of_every_recipe_has_a_source():
 
 def test_what_no_source_states_is_a_guess():
     contrastive, cp = explain(find_rows("002-III/cub-contrastive")[0]), explain(find_rows("002-II/cub-cp-pa-k-3")[0])
-    assert contrastive.loc[["lr", "epochs", "optimizer", "per_class"], "guess"].all() and not contrastive.loc["embedding_size", "guess"]
+    assert (
+        contrastive.loc[["lr", "epochs", "optimizer", "per_class"], "guess"].all()
+        and not contrastive.loc["embedding_size", "guess"]
+    )
     stated = ["lr", "epochs", "batch_size", "train_crop", "crops", "optimizer", "loss.capacity", "loss.alpha"]
-    assert not cp.loc[stated, "guess"].any() and cp.loc[["schedule", "loss.calib_class", "loss.proxy_temp"], "guess"].all()
+    assert (
+        not cp.loc[stated, "guess"].any() and cp.loc[["schedule", "loss.calib_class", "loss.proxy_temp"], "guess"].all()
+    )
     unstated = explain(find_rows("001-T1/cub-margin")[0])
     assert unstated.loc[["backbone", "embedding_size"], "guess"].all()
 
@@ -188,8 +193,16 @@ def test_notes_name_rows_that_exist():
 
 def test_layers_name_settings_that_exist():
     row = find_rows("MS Loss")[0]
-    assert [name for name, _ in layers(row, "cub", "bn_inception", "finetune")] == ["finetune", "method", "training", "loss"]
-    assert layers(find_rows("Proxy Anchor")[0], "glyphs", "small_cnn", "finetune")[-2][0] == "finetune/glyphs/small_cnn/proxy_anchor"
+    assert [name for name, _ in layers(row, "cub", "bn_inception", "finetune")] == [
+        "finetune",
+        "method",
+        "training",
+        "loss",
+    ]
+    assert (
+        layers(find_rows("Proxy Anchor")[0], "glyphs", "small_cnn", "finetune")[-2][0]
+        == "finetune/glyphs/small_cnn/proxy_anchor"
+    )
 
 
 def test_a_row_needs_no_code(tmp_path):
@@ -222,7 +235,11 @@ def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatc
     sentence = "cub is not on this machine: dml_nb data cub says how to get it."
     monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
     output = shell("rows", "II")
-    assert output.count("not on this machine") == 1 and sentence in output and "unpack CUB_200_2011.tgz" in shell("data", "cub", status=1)
+    assert (
+        output.count("not on this machine") == 1
+        and sentence in output
+        and "unpack CUB_200_2011.tgz" in shell("data", "cub", status=1)
+    )
     assert "not on this machine" not in shell("rows", "own")  # on glyphs, which come with the package
     (tmp_path / "CUB_200_2011").mkdir()
     for name in ("images.txt", "image_class_labels.txt"):
@@ -255,16 +272,29 @@ def test_a_method_with_label_noise_only_says_so(method, loss):
 
 def test_a_table_is_found_with_and_without_its_source():
     assert all(find_table(row.table) == row.table for row in all_rows().values())
-    assert (find_table("v"), find_table("own"), find_table("Proxy Anchor"), find_table("T1", {"001-T1", "002-I"})) == ("002-V", "own", None, "001-T1")
+    assert (find_table("v"), find_table("own"), find_table("Proxy Anchor"), find_table("T1", {"001-T1", "002-I"})) == (
+        "002-V",
+        "own",
+        None,
+        "001-T1",
+    )
 
 
 def test_every_loss_is_a_row_by_itself():
     rows = own_rows()
-    assert {row.method for row in rows.values()} | {"adversarial", "center", "intra_pair_variance"} == set(list_losses()) and len(all_rows()) == 243
+    assert {row.method for row in rows.values()} | {"adversarial", "center", "intra_pair_variance"} == set(
+        list_losses()
+    ) and len(all_rows()) == 243
     assert not set(rows) & set(all_rows())
     for id, row in rows.items():
         assert row_of(id) is row and find_rows(id) == find_rows(row.method) == [row]
-        assert (missing(row), row.claimed, row.dataset, row.backbone, row.embedding_size) == (None, {}, "glyphs", "small_cnn", 512)
+        assert (missing(row), row.claimed, row.dataset, row.backbone, row.embedding_size) == (
+            None,
+            {},
+            "glyphs",
+            "small_cnn",
+            512,
+        )
         settings = settings_for(row)
         assert not own_setting(row, settings) and row.recipe["names"][0] and settings["loss"] == row.method
         assert explain(row).source.str.len().min() > 3 and contradictions(row) == [] and row.notes == []
@@ -305,12 +335,18 @@ def with_all_data(monkeypatch):
 @pytest.mark.parametrize(
     "id, expected",
     [
-        ("002-IV/sop-multi-similarity", dict(lr=3e-5, gamma=0.1, frozen_bn=True, step_epochs=16, beta=40.0, recall_at=[1, 10, 100, 1000])),
+        (
+            "002-IV/sop-multi-similarity",
+            dict(lr=3e-5, gamma=0.1, frozen_bn=True, step_epochs=16, beta=40.0, recall_at=[1, 10, 100, 1000]),
+        ),
         ("002-IV/cars-multi-similarity", dict(lr=3e-5, gamma=0.1, step_epochs=16)),
         ("002-IV/sop-softtriple", dict(lr=1e-4, proxies_per_class=2, gamma=0.1, step_epochs=20, frozen_bn=True)),
         ("002-IV/cub-softtriple", dict(lr=1e-4, proxies_per_class="unset")),
         ("002-IV/sop-proxy-anchor", dict(lr=6e-4, gamma=0.25, step_epochs=20, frozen_bn=False, train_crop="rrc")),
-        ("002-IV/sop-cp-proxy-anchor-loss", dict(lr=1e-4, gamma=0.25, frozen_bn=False, train_crop="resize", proxies_per_class=3)),
+        (
+            "002-IV/sop-cp-proxy-anchor-loss",
+            dict(lr=1e-4, gamma=0.25, frozen_bn=False, train_crop="resize", proxies_per_class=3),
+        ),
         ("002-IV/sop-proxy-nca", dict(scale_x=1.0, scale_p=8.0)),
         ("002-III/sop-cont-xbm", dict(memory_size=55000)),
         ("001-T2/inshop-margin", dict(recall_at=[1, 10, 20, 30, 40, 50], lr=6e-4, per_class=5)),
@@ -327,13 +363,22 @@ def test_what_proxy_anchor_says_of_a_data_set_is_a_guess_for_others(with_all_dat
     assert margin.loc[["lr", "gamma", "frozen_bn"], "guess"].all() and not margin.loc["recall_at", "guess"]
     assert not proxy_anchor.loc[["lr", "gamma", "frozen_bn"], "guess"].any()
     softtriple = explain(row_of("002-IV/sop-softtriple"))
-    assert softtriple.source["lr"].startswith("guess: as on cub and cars") and "2 on SOP" in softtriple.source["loss.proxies_per_class"]
+    assert (
+        softtriple.source["lr"].startswith("guess: as on cub and cars")
+        and "2 on SOP" in softtriple.source["loss.proxies_per_class"]
+    )
 
 
 def test_cbml_trains_as_its_source_does():
     tables = dict(T1="googlenet", T2="bn-inception", T3="resnet50")
-    rows = {backbone: settings_for(row_of(f"000-{table}/cub-cbml-log-{backbone}")) for table, backbone in tables.items()}
-    assert {backbone: s["pool"] for backbone, s in rows.items()} == {"googlenet": "avg", "bn-inception": "max", "resnet50": "avg"}
+    rows = {
+        backbone: settings_for(row_of(f"000-{table}/cub-cbml-log-{backbone}")) for table, backbone in tables.items()
+    }
+    assert {backbone: s["pool"] for backbone, s in rows.items()} == {
+        "googlenet": "avg",
+        "bn-inception": "max",
+        "resnet50": "avg",
+    }
     for s in rows.values():  # the rate is lowered once
         assert len(s["step_epochs"]) == 1 and 0 < s["step_epochs"][0] < s["epochs"]
     for name in ("000-T1/cub-cbml-log-googlenet", "000-T2/cub-cbml-log-bn-inception"):
@@ -358,11 +403,19 @@ def test_every_stated_default_is_a_parameter_of_its_loss():
 
 
 def test_guesses_are_marked_for_parameters_of_the_loss():
-    guessed = {id: explain(row_of(id)).query("guess").index for id in ("own/triplet", "own/hpl", "own/smooth-proxy-anchor", "own/circle")}
+    guessed = {
+        id: explain(row_of(id)).query("guess").index
+        for id in ("own/triplet", "own/hpl", "own/smooth-proxy-anchor", "own/circle")
+    }
     assert "loss.reduction" in guessed["own/triplet"] and "loss.margin" not in guessed["own/triplet"]
-    assert "loss.levels" in guessed["own/hpl"] and "loss.coarse_weight" not in guessed["own/hpl"]  # that one was searched
+    assert (
+        "loss.levels" in guessed["own/hpl"] and "loss.coarse_weight" not in guessed["own/hpl"]
+    )  # that one was searched
     assert "loss.coarse_weight" in explain(row_of("002-III/cub-hpl-pa")).query("guess").index
-    assert "search" in explain(row_of("own/circle")).source["loss.gamma"] and "search" not in explain(row_of("own/circle")).source["gamma"]
+    assert (
+        "search" in explain(row_of("own/circle")).source["loss.gamma"]
+        and "search" not in explain(row_of("own/circle")).source["gamma"]
+    )
     assert "loss.conf_beta" in guessed["own/smooth-proxy-anchor"]
     assert not [name for name in guessed["own/circle"] if name.startswith("loss.")]
 
@@ -375,7 +428,11 @@ def test_a_preset_counts_as_its_values():
 def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
     table = find_rows("II", "cub")
     apart = "but not of proxy_anchor: run these rows apart"
-    for key, message in [("capcity", "did you mean 'capacity'"), ("capacity", apart), ("loss", "unknown setting 'loss'")]:
+    for key, message in [
+        ("capcity", "did you mean 'capacity'"),
+        ("capacity", apart),
+        ("loss", "unknown setting 'loss'"),
+    ]:
         with pytest.raises(ValueError, match=message):
             check_keys(table, [key])
     check_keys([*table, row_of("001-T1/cub-htl")], ["epochs", "loss.alpha", "noise"])
@@ -403,4 +460,9 @@ def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(wrong, messag
 
 def test_a_data_set_without_a_reader_says_what_can_be_given(shell):
     output = shell("run", "II", "--dataset", "cars", status=1)
-    assert "'cars' is not available" in output and "Readers exist for" in output and "glyphs" in output and "--dataset PATH" in output
+    assert (
+        "'cars' is not available" in output
+        and "Readers exist for" in output
+        and "glyphs" in output
+        and "--dataset PATH" in output
+    )

@@ -19,9 +19,23 @@ def test_a_run_leaves_what_it_promises_and_is_done_once(dml_nb, glyph_folder):
     assert "1 done, 0 failed" in dml_nb(*args)
     (result_file,) = dml_nb.folder.glob("runs/002-II/cub-cp-pa-k-3/letters-small_cnn-finetune-*/seed0/result.json")
     folder, result = result_file.parent, json.loads(result_file.read_text())
-    assert {"params.json", "result.json", "history.csv", "run.ipynb", "gallery.png"} <= {p.name for p in folder.iterdir()}
+    assert {"params.json", "result.json", "history.csv", "run.ipynb", "gallery.png"} <= {
+        p.name for p in folder.iterdir()
+    }
     assert not list(folder.glob("*.tmp*")) and not (folder / "checkpoint.pt").exists()
-    assert {"row", "settings", "seed", "best", "last", "claimed", "seconds", "images_per_second", "peak_memory_mb", "environment", "data_checksum"} <= set(result)
+    assert {
+        "row",
+        "settings",
+        "seed",
+        "best",
+        "last",
+        "claimed",
+        "seconds",
+        "images_per_second",
+        "peak_memory_mb",
+        "environment",
+        "data_checksum",
+    } <= set(result)
     assert result["claimed"]["R@1"] == "69.8" and result["own_setting"] is False
     assert len(pd.read_csv(folder / "history.csv")) == 2
     written = result_file.stat().st_mtime_ns
@@ -34,8 +48,15 @@ def test_a_run_leaves_what_it_promises_and_is_done_once(dml_nb, glyph_folder):
 def test_ctrl_c_leaves_no_result_and_the_next_call_finishes(dml_nb, glyph_folder):
     args = ["run", "CP + PA K=3", "--dataset", str(glyph_folder), *TINY, "--set", "epochs=25"]
     # a job in the background inherits an ignored SIGINT; at a terminal it is not ignored
-    process = subprocess.Popen([dml_nb.command, *args], cwd=dml_nb.folder, env=dml_nb.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        [dml_nb.command, *args],
+        cwd=dml_nb.folder,
+        env=dml_nb.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     checkpoints, deadline = [], time.monotonic() + 120
     while not checkpoints and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
@@ -55,7 +76,9 @@ def test_ctrl_c_leaves_no_result_and_the_next_call_finishes(dml_nb, glyph_folder
     dml_nb(*args)
     after = pd.read_csv(folder / "history.csv")
     assert after.epoch.tolist() == list(range(25))
-    assert after.train_seconds[: len(before)].tolist() == pytest.approx([line["train_seconds"] for line in before], rel=1e-4)
+    assert after.train_seconds[: len(before)].tolist() == pytest.approx(
+        [line["train_seconds"] for line in before], rel=1e-4
+    )
     assert (folder / "result.json").exists() and not checkpoints[0].exists()
 
 
@@ -65,15 +88,30 @@ def test_ctrl_c_leaves_no_result_and_the_next_call_finishes(dml_nb, glyph_folder
         (["run", "CP + Proxi Anchor", "--dataset", "glyphs"], "did you mean 'CP + Proxy Anchor Loss'"),
         (["run", "CP + PA", "--dataset", "glyhps"], "did you mean 'glyphs'"),
         (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "smal_cnn"], "did you mean 'small_cnn'"),
-        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "capcity=3"], "did you mean 'capacity'"),
+        (
+            ["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "capcity=3"],
+            "did you mean 'capacity'",
+        ),
         (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "epochs"], "wants key=value"),
-        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--regime", "frosen"], "did you mean 'frozen'"),
+        (
+            ["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--regime", "frosen"],
+            "did you mean 'frozen'",
+        ),
         (["run", "CP + PA", "--dataset", "./nothing/here", "--backbone", "small_cnn"], "'./nothing/here'"),
         (["run", "CP + PA", "--dataset", "cars"], "'cars' is not available"),
         (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--seeds", "a"], "--seeds"),
-        (["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "proxies_per_class=0"], "proxies_per_class must be at least 1"),
-        (["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "capacity=0"], "at least 1, got 0"),
-        (["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "start_epoch=9"], "never reached in 5 epochs"),
+        (
+            ["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "proxies_per_class=0"],
+            "proxies_per_class must be at least 1",
+        ),
+        (
+            ["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "capacity=0"],
+            "at least 1, got 0",
+        ),
+        (
+            ["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "start_epoch=9"],
+            "never reached in 5 epochs",
+        ),
         (["rows", "XII"], "unknown table"),
         (["report"], "does not exist"),
     ],
@@ -106,7 +144,9 @@ def test_a_run_can_leave_unreadable_images_out(shell, damaged):
     assert "1 done" in shell(*args, "--skip-corrupt")
 
 
-@pytest.mark.parametrize("make, message", [(lambda f: None, "does not exist"), (lambda f: f.mkdir(), "no class folders")])
+@pytest.mark.parametrize(
+    "make, message", [(lambda f: None, "does not exist"), (lambda f: f.mkdir(), "no class folders")]
+)
 def test_a_folder_that_is_no_data_set(shell, tmp_path, make, message):
     folder = tmp_path / "pictures"
     make(folder)

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dml_nb.retrieval.exact_scores import METRICS, fast_dtype
-from dml_nb.retrieval.ranker import Ranker, block_maxima
-from dml_nb.retrieval.exact_search import search
-from dml_nb.retrieval.sharded import merge_shards, search_shard, search_sharded
 from dml_nb.core.similarity import unit
+from dml_nb.retrieval.exact_scores import METRICS, fast_dtype
+from dml_nb.retrieval.exact_search import search
+from dml_nb.retrieval.ranker import Ranker, block_maxima
+from dml_nb.retrieval.sharded import merge_shards, search_shard, search_sharded
 
 CPU = torch.device("cpu")
 HAS_BF16 = fast_dtype(CPU) == torch.bfloat16
@@ -59,7 +59,18 @@ def make(kind, n, d, seed):
     return x
 
 
-KINDS = ["random", "clusters", "one corner", "grid", "copies", "near copies", "all equal", "zeros", "one long row", "wild lengths"]
+KINDS = [
+    "random",
+    "clusters",
+    "one corner",
+    "grid",
+    "copies",
+    "near copies",
+    "all equal",
+    "zeros",
+    "one long row",
+    "wild lengths",
+]
 SIZES = dict(n=st.integers(2, 120), d=st.sampled_from([1, 2, 7, 33, 64]), seed=st.integers(0, 10**6))
 
 
@@ -85,7 +96,9 @@ def test_counts_are_counts_of_exact_scores(kind, column, metric, n, d, seed):
     scores.fill_diagonal_(-torch.inf)
     for settings_ in (dict(), dict(precision="float32"), dict(memory_mb=0.05), dict(memory_mb=8 * n * d / 2**19)):
         above, equal = Ranker(x, metric=metric, **settings_).counts(than)
-        assert torch.equal(above, (scores > than[:, None]).sum(1)) and torch.equal(equal, (scores == than[:, None]).sum(1))
+        assert torch.equal(above, (scores > than[:, None]).sum(1)) and torch.equal(
+            equal, (scores == than[:, None]).sum(1)
+        )
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -177,7 +190,9 @@ def test_bfloat16_leaves_few_candidates():
     product = ranker._product(chunk)
     best = block_maxima(product, ranker._width(10))
     kth = best.sort(1).values[:, -10].double()
-    left = sum(len(ids) for *_, ids, _ in ranker._survivors(product, best, ranker._below(ranker._below(kth) - 2 * chunk.bound)))
+    left = sum(
+        len(ids) for *_, ids, _ in ranker._survivors(product, best, ranker._below(ranker._below(kth) - 2 * chunk.bound))
+    )
     assert 1000 <= left < 4000
 
 
@@ -258,11 +273,21 @@ def _shard(rank, sizes, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(sizes))
     x = make("copies", sum(sizes), 16, 0)
     shard = x.split(sizes)[rank]
-    got = [search_sharded(x, shard, k, exclude_self, metric=metric) for metric in METRICS for k in (1, 150) for exclude_self in (False, True)]
+    got = [
+        search_sharded(x, shard, k, exclude_self, metric=metric)
+        for metric in METRICS
+        for k in (1, 150)
+        for exclude_self in (False, True)
+    ]
     got += [search_sharded(x, x[:0] if rank else x, 12)]
     errors = []
     permuted = x.flip(0) if rank else x
-    for bad_query, bad_shard, k in ((x, shard * (torch.nan if rank else 1), 3), (x, shard, 500), (permuted, shard, 3), (x, None if rank else shard, 3)):
+    for bad_query, bad_shard, k in (
+        (x, shard * (torch.nan if rank else 1), 3),
+        (x, shard, 500),
+        (permuted, shard, 3),
+        (x, None if rank else shard, 3),
+    ):
         try:
             search_sharded(bad_query, bad_shard, k)
         except (ValueError, RuntimeError) as error:
@@ -275,11 +300,20 @@ def test_two_processes_equal_one(tmp_path):
     sizes = (70, 130)
     torch.multiprocessing.spawn(_shard, args=(sizes, tmp_path / "store", tmp_path), nprocs=2)
     x = make("copies", sum(sizes), 16, 0)
-    expected = [search(x, x, k, metric=metric, exclude_self=own) for metric in METRICS for k in (1, 150) for own in (False, True)]
+    expected = [
+        search(x, x, k, metric=metric, exclude_self=own)
+        for metric in METRICS
+        for k in (1, 150)
+        for own in (False, True)
+    ]
     expected += [search(x, x, 12)]
     for rank in range(2):
         got, errors = torch.load(tmp_path / f"{rank}.pt")
         for one, whole in zip(got, expected, strict=True):
             assert torch.equal(one[0], whole[0]) and torch.equal(one[1], whole[1])
         assert len(errors) == 4 and "process 1: object of type 'NoneType' has no len()" in errors[3]
-        assert "process 1: gallery contains NaN" in errors[0] and "k must lie in 1...200" in errors[1] and "different queries" in errors[2]
+        assert (
+            "process 1: gallery contains NaN" in errors[0]
+            and "k must lie in 1...200" in errors[1]
+            and "different queries" in errors[2]
+        )

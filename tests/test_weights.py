@@ -1,4 +1,5 @@
 "The BN-Inception download over a network that fails in every way it can: a local HTTP server plays the public one."
+
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,13 +28,15 @@ def server():
         def do_GET(self):
             self.server.asked.append(self.path)
             body = self.server.files.get(self.path)
-            if body is None: return self.send_error(404)
+            if body is None:
+                return self.send_error(404)
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body[: len(body) - self.server.cut])
 
-        def log_message(self, *args): pass
+        def log_message(self, *args):
+            pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.files, httpd.cut, httpd.asked = {}, 0, []
@@ -81,13 +84,15 @@ def test_cache_is_the_default_place(server, tmp_path, monkeypatch):
 
 def test_wrong_hash_leaves_nothing(server, tmp_path):
     url = publish(server, checkpoint(tmp_path), "bn_inception-52deb4733.pth")
-    with pytest.raises(RuntimeError, match="came out damaged"): bn_inception_weights(url, tmp_path / "cache")
+    with pytest.raises(RuntimeError, match="came out damaged"):
+        bn_inception_weights(url, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_truncated_download_leaves_nothing_and_can_be_repeated(server, tmp_path):
     url, server.cut = publish(server, checkpoint(tmp_path)), 1000
-    with pytest.raises(RuntimeError, match=url): bn_inception_weights(url, tmp_path / "cache")
+    with pytest.raises(RuntimeError, match=url):
+        bn_inception_weights(url, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     server.cut = 0
     assert bn_inception_weights(url, tmp_path / "cache")
@@ -95,14 +100,17 @@ def test_truncated_download_leaves_nothing_and_can_be_repeated(server, tmp_path)
 
 def test_missing_file_names_address_and_remedy(server, tmp_path):
     url = f"{server.url}/bn_inception-52deb4733.pth"
-    with pytest.raises(RuntimeError) as error: bn_inception_weights(url, tmp_path / "cache")
-    for part in (url, "404", f"put it into {tmp_path / 'cache'}", "pretrained=False"): assert part in str(error.value)
+    with pytest.raises(RuntimeError) as error:
+        bn_inception_weights(url, tmp_path / "cache")
+    for part in (url, "404", f"put it into {tmp_path / 'cache'}", "pretrained=False"):
+        assert part in str(error.value)
 
 
 def test_unreachable_server(server, tmp_path):
     url = f"{server.url}/bn_inception-52deb4733.pth"
     server.server_close()
-    with pytest.raises(RuntimeError, match="cannot download .* pretrained=False"): bn_inception_weights(url, tmp_path / "cache")
+    with pytest.raises(RuntimeError, match="cannot download .* pretrained=False"):
+        bn_inception_weights(url, tmp_path / "cache")
 
 
 def test_file_put_by_hand_is_used_without_network(server, tmp_path):
@@ -114,15 +122,20 @@ def test_file_put_by_hand_is_used_without_network(server, tmp_path):
 def test_damaged_file_put_by_hand_is_refused_and_kept(server, tmp_path):
     file = checkpoint(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(RuntimeError, match="is damaged or not the right file"): bn_inception_weights(f"{server.url}/{file.name}", tmp_path)
+    with pytest.raises(RuntimeError, match="is damaged or not the right file"):
+        bn_inception_weights(f"{server.url}/{file.name}", tmp_path)
     assert file.exists() and server.asked == []
 
 
-@pytest.mark.parametrize("change, first", [
-    (lambda s: {k: v for k, v in s.items() if k != "inception_4b_3x3.weight"}, "inception_4b_3x3.weight"),
-    (lambda s: s | {"inception_9z_1x1.weight": torch.zeros(1)}, "inception_9z_1x1.weight"),
-    (lambda s: s | {"inception_5a_1x1.bias": torch.zeros(7)}, "inception_5a_1x1.bias"),
-], ids=["missing", "unknown", "shape"])
+@pytest.mark.parametrize(
+    "change, first",
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "inception_4b_3x3.weight"}, "inception_4b_3x3.weight"),
+        (lambda s: s | {"inception_9z_1x1.weight": torch.zeros(1)}, "inception_9z_1x1.weight"),
+        (lambda s: s | {"inception_5a_1x1.bias": torch.zeros(7)}, "inception_5a_1x1.bias"),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
 def test_other_keys(server, tmp_path, change, first):
     with pytest.raises(RuntimeError, match=f"1 keys are missing, unknown or of another shape, first '{first}'"):
         bn_inception_weights(publish(server, checkpoint(tmp_path, change)), tmp_path / "cache")

@@ -14,58 +14,78 @@ from .similarity import check_embeddings, check_labels, unit, unknown
 # %% ../../nbs/10_core/05_batch_memory.ipynb #6440d93f
 class CrossBatchMemory(nn.Module):
     "Ring of the latest detached unit embeddings with their labels."
-    def __init__(self,
-                 capacity: int, # M
-                 embedding_size: int, # D
-                 dtype: torch.dtype = torch.float32, # storage type of the entries
-                 wrap: str = "ring", # at the end of the slots: "ring", or "tail" as in the released code of XBM
-                ):
+
+    def __init__(
+        self,
+        capacity: int,  # M
+        embedding_size: int,  # D
+        dtype: torch.dtype = torch.float32,  # storage type of the entries
+        wrap: str = "ring",  # at the end of the slots: "ring", or "tail" as in the released code of XBM
+    ):
         super().__init__()
         for name, size in dict(memory_size=capacity, embedding_size=embedding_size).items():
-            if not isinstance(size, int) or size < 1: raise ValueError(f"{name} must be a whole number and at least 1, got {size!r}.")
-        if wrap not in ("ring", "tail"): raise unknown("wrap", wrap, ("ring", "tail"))
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number and at least 1, got {size!r}.")
+        if wrap not in ("ring", "tail"):
+            raise unknown("wrap", wrap, ("ring", "tail"))
         self.capacity, self.wrap = capacity, wrap
         self.register_buffer("embeddings", torch.zeros(capacity, embedding_size, dtype=dtype))
-        for name in ("labels", "sample_ids"): self.register_buffer(name, torch.full((capacity,), -1))
-        for name in ("position", "count"): self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        for name in ("labels", "sample_ids"):
+            self.register_buffer(name, torch.full((capacity,), -1))
+        for name in ("position", "count"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #250c39af
 from fastcore.basics import patch
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #01f80654
-def check_ids(sample_ids: Tensor, # which images these are
-              size: int, # how many there must be
-             ):
+def check_ids(
+    sample_ids: Tensor,  # which images these are
+    size: int,  # how many there must be
+):
     "Raise `ValueError` unless these are `size` whole numbers from 0 on: -1 marks an image that is not known."
-    got = f"{tuple(sample_ids.shape)} {sample_ids.dtype}" if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
-    if got not in (f"({size},) {dtype}" for dtype in (torch.int64, torch.int32)): raise ValueError(f"sample_ids must be a tensor of {size} whole numbers, one an embedding, got {got}.")
-    if size and sample_ids.min() < 0: raise ValueError(f"sample_ids must be 0 or above, got {sample_ids.min().item()}: leave them out if the images are not known.")
+    got = (
+        f"{tuple(sample_ids.shape)} {sample_ids.dtype}" if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
+    )
+    if got not in (f"({size},) {dtype}" for dtype in (torch.int64, torch.int32)):
+        raise ValueError(f"sample_ids must be a tensor of {size} whole numbers, one an embedding, got {got}.")
+    if size and sample_ids.min() < 0:
+        raise ValueError(
+            f"sample_ids must be 0 or above, got {sample_ids.min().item()}: leave them out if the images are not known."
+        )
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #d67e248f
 @patch
-def slots(self: CrossBatchMemory,
-          size: int, # B, at most the capacity
-         ) -> Tensor: # (B,) the slots that the next batch of this size goes to
+def slots(
+    self: CrossBatchMemory,
+    size: int,  # B, at most the capacity
+) -> Tensor:  # (B,) the slots that the next batch of this size goes to
     "Where the next batch will be written."
     start = self.position
-    if self.wrap == "tail": start = torch.where(start + size > self.capacity, self.capacity - size, start)
+    if self.wrap == "tail":
+        start = torch.where(start + size > self.capacity, self.capacity - size, start)
     return (start + torch.arange(size, device=start.device)) % self.capacity
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #91ed70e4
 @patch
 @torch.no_grad()
-def enqueue(self: CrossBatchMemory,
-            embeddings: Tensor, # (B, D), normalised here; no gradient is kept
-            labels: Tensor, # (B,) class ids
-            sample_ids: Tensor | None = None, # (B,) which images these are, 0 or above
-           ):
+def enqueue(
+    self: CrossBatchMemory,
+    embeddings: Tensor,  # (B, D), normalised here; no gradient is kept
+    labels: Tensor,  # (B,) class ids
+    sample_ids: Tensor | None = None,  # (B,) which images these are, 0 or above
+):
     "Push a batch; of one larger than the memory, the last part."
-    check_embeddings(embeddings, self.embeddings.shape[1]); check_labels(labels, len(embeddings))
-    if sample_ids is not None: check_ids(sample_ids, len(embeddings))
+    check_embeddings(embeddings, self.embeddings.shape[1])
+    check_labels(labels, len(embeddings))
+    if sample_ids is not None:
+        check_ids(sample_ids, len(embeddings))
     last = slice(-self.capacity, None)
     size = len(labels[last])
     slots = self.slots(size)
-    self.embeddings[slots] = unit(embeddings.detach()[last].to(self.embeddings.device, torch.promote_types(embeddings.dtype, torch.float32))).to(self.embeddings.dtype)
+    self.embeddings[slots] = unit(
+        embeddings.detach()[last].to(self.embeddings.device, torch.promote_types(embeddings.dtype, torch.float32))
+    ).to(self.embeddings.dtype)
     self.labels[slots] = labels[last].to(self.labels)
     self.sample_ids[slots] = -1 if sample_ids is None else sample_ids[last].to(self.labels)
     self._advance(size)
@@ -75,13 +95,17 @@ def enqueue(self: CrossBatchMemory,
 def _advance(self: CrossBatchMemory, size: int):
     "Move the position and the count on."
     end = self.position + size
-    if self.wrap == "ring": self.position.copy_(end % self.capacity)
-    else: self.position.copy_(torch.where(end > self.capacity, 0, end))
+    if self.wrap == "ring":
+        self.position.copy_(end % self.capacity)
+    else:
+        self.position.copy_(torch.where(end > self.capacity, 0, end))
     self.count.copy_(torch.maximum(self.count, end).clamp_max(self.capacity))
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #fe02b8e3
 @patch
-def entries(self: CrossBatchMemory) -> tuple[Tensor, Tensor, Tensor]: # (n, D) unit embeddings, (n,) labels, (n,) sample ids
+def entries(
+    self: CrossBatchMemory,
+) -> tuple[Tensor, Tensor, Tensor]:  # (n, D) unit embeddings, (n,) labels, (n,) sample ids
     "What is filled, in the order of the slots, as views."
     filled = slice(int(self.count))
     return self.embeddings[filled], self.labels[filled], self.sample_ids[filled]
@@ -89,9 +113,10 @@ def entries(self: CrossBatchMemory) -> tuple[Tensor, Tensor, Tensor]: # (n, D) u
 # %% ../../nbs/10_core/05_batch_memory.ipynb #104cc04d
 @patch
 @torch.no_grad()
-def class_means(self: CrossBatchMemory,
-                classes: Tensor, # (K,) class ids, ascending
-               ) -> tuple[Tensor, Tensor]: # (K, D) means, 0 for a class without entries, (K,) numbers of entries
+def class_means(
+    self: CrossBatchMemory,
+    classes: Tensor,  # (K,) class ids, ascending
+) -> tuple[Tensor, Tensor]:  # (K, D) means, 0 for a class without entries, (K,) numbers of entries
     "Mean of the entries of each class, not renormalised."
     embeddings, labels, _ = self.entries()
     chosen = torch.isin(labels, classes).nonzero()[:, 0]

@@ -17,17 +17,25 @@ from .similarity import check_embeddings, check_labels
 # %% ../../nbs/10_core/04_class_queues.ipynb #e1acf54d
 class ClassQueues(nn.Module):
     "One first-in-first-out queue of detached unit embeddings for each class, with its running sum."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 capacity: int = 30, # m, embeddings kept for each class (CP: 3,000 in all for 100 classes)
-                 dtype: torch.dtype = torch.float32, # storage type of the entries
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        capacity: int = 30,  # m, embeddings kept for each class (CP: 3,000 in all for 100 classes)
+        dtype: torch.dtype = torch.float32,  # storage type of the entries
+    ):
         super().__init__()
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1: raise ValueError(f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class.")
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(
+                f"capacity must be a whole number and at least 1, got {capacity!r}: CP uses 30 embeddings a class."
+            )
         self.capacity = capacity
-        self.known = SimpleNamespace(first=0, # class whose turn of renewal is next; `turn` holds it in a state
-                                     full=False, of=None) # whether all queues are, and the state of `count` for which that was found
+        self.known = SimpleNamespace(
+            first=0,  # class whose turn of renewal is next; `turn` holds it in a state
+            full=False,
+            of=None,
+        )  # whether all queues are, and the state of `count` for which that was found
         self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size, dtype=dtype))
         self.register_buffer("position", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.long))
@@ -39,13 +47,19 @@ class ClassQueues(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state, prefix, *args):
-        state.pop(prefix + "square_sum", None) # kept by early versions; it is the count, since entries are unit vectors
+        state.pop(
+            prefix + "square_sum", None
+        )  # kept by early versions; it is the count, since entries are unit vectors
         state.setdefault(prefix + "turn", self.turn)
         super()._load_from_state_dict(state, prefix, *args)
-        if not self.turn.is_meta: self.known.first = int(self.turn)
+        if not self.turn.is_meta:
+            self.known.first = int(self.turn)
         stored = state.get(prefix + "queue", self.queue)
-        if stored.dtype != self.queue.dtype: # the entries were rounded; in parts, since a float32 copy of all is what half precision avoids
-            for entries, total in zip(self.queue.split(256), self.sum.split(256)): total.copy_(entries.to(self.sum.dtype).sum(1))
+        if (
+            stored.dtype != self.queue.dtype
+        ):  # the entries were rounded; in parts, since a float32 copy of all is what half precision avoids
+            for entries, total in zip(self.queue.split(256), self.sum.split(256)):
+                total.copy_(entries.to(self.sum.dtype).sum(1))
 
 # %% ../../nbs/10_core/04_class_queues.ipynb #a7f487b8
 from fastcore.basics import patch
@@ -54,30 +68,33 @@ from fastcore.basics import patch
 @patch(as_prop=True)
 def full(self: ClassQueues) -> bool:
     "Whether all queues are full."
-    if torch.compiler.is_compiling() or self.count.is_inference(): return False # a graph would keep the answer, and no changes are counted
+    if torch.compiler.is_compiling() or self.count.is_inference():
+        return False  # a graph would keep the answer, and no changes are counted
     known, state = self.known, (self.count.data_ptr(), self.count._version)
-    if known.of != state: known.full, known.of = bool((self.count == self.capacity).all()), state
+    if known.of != state:
+        known.full, known.of = bool((self.count == self.capacity).all()), state
     return known.full
 
 # %% ../../nbs/10_core/04_class_queues.ipynb #c16f7001
 @patch(as_prop=True)
-def mean(self: ClassQueues) -> Tensor: # (C, D) mean of the entries of each class, 0 for an empty queue
+def mean(self: ClassQueues) -> Tensor:  # (C, D) mean of the entries of each class, 0 for an empty queue
     "Mean embedding of each class: its global centre."
     return self.sum / self.count.clamp_min(1)[:, None]
 
 # %% ../../nbs/10_core/04_class_queues.ipynb #254f24ab
 @patch(as_prop=True)
-def filled(self: ClassQueues) -> Tensor: # (C,) boolean
+def filled(self: ClassQueues) -> Tensor:  # (C,) boolean
     "Which classes hold at least one embedding."
     return self.count > 0
 
 # %% ../../nbs/10_core/04_class_queues.ipynb #87c66bfb
 @patch
 @torch.no_grad()
-def enqueue(self: ClassQueues,
-            embeddings: Tensor, # (B, D), normalised here; no gradient is kept
-            labels: Tensor, # (B,) class ids in 0...C-1
-           ):
+def enqueue(
+    self: ClassQueues,
+    embeddings: Tensor,  # (B, D), normalised here; no gradient is kept
+    labels: Tensor,  # (B,) class ids in 0...C-1
+):
     "Push a batch: the oldest entries of a full queue leave."
     length_B1 = check_embeddings(embeddings, self.queue.shape[2])[:, None]
     self.enqueue_unit(embeddings / length_B1.clamp_min(1e-12), labels)
@@ -85,19 +102,25 @@ def enqueue(self: ClassQueues,
 # %% ../../nbs/10_core/04_class_queues.ipynb #321a1055
 @patch
 @torch.no_grad()
-def enqueue_unit(self: ClassQueues,
-                 unit_BD: Tensor, # (B, D) unit vectors, not checked
-                 labels: Tensor, # (B,) class ids in 0...C-1
-                ):
+def enqueue_unit(
+    self: ClassQueues,
+    unit_BD: Tensor,  # (B, D) unit vectors, not checked
+    labels: Tensor,  # (B,) class ids in 0...C-1
+):
     "`enqueue` for a loss that has checked and normalised its embeddings already."
     C, m, D = self.queue.shape
     check_labels(labels, len(unit_BD))
-    if not len(labels): return
+    if not len(labels):
+        return
     labels, position = labels.long(), self.position
-    label_B, position_C = labels.numpy() if labels.is_cpu else labels.cpu().numpy(), position.numpy() if position.is_cpu else position.cpu().numpy() # on the CPU the buffer itself
+    label_B, position_C = (
+        labels.numpy() if labels.is_cpu else labels.cpu().numpy(),
+        position.numpy() if position.is_cpu else position.cpu().numpy(),
+    )  # on the CPU the buffer itself
     order_B = label_B.argsort(kind="stable")
     sorted_B, place_B = label_B[order_B], order_B.argsort(kind="stable")
-    if sorted_B[0] < 0 or sorted_B[-1] >= C: check_labels(labels, len(unit_BD), C)
+    if sorted_B[0] < 0 or sorted_B[-1] >= C:
+        check_labels(labels, len(unit_BD), C)
     edge = sorted_B.searchsorted(np.arange(C + 1))
     first_C, end_C = edge[:-1], edge[1:]
     arrived_C = end_C - first_C
@@ -112,21 +135,29 @@ def enqueue_unit(self: ClassQueues,
         unit_BD, labels = unit_BD[kept], labels[kept]
     self._replace(torch.from_numpy(row_B), labels, unit_BD)
     np.remainder(position_C + arrived_C, m, out=position_C)
-    if not position.is_cpu: position.copy_(torch.from_numpy(position_C))
-    if not self.full: self.count.add_(torch.from_numpy(arrived_C).to(position.device)).clamp_(max=m)
+    if not position.is_cpu:
+        position.copy_(torch.from_numpy(position_C))
+    if not self.full:
+        self.count.add_(torch.from_numpy(arrived_C).to(position.device)).clamp_(max=m)
 
 # %% ../../nbs/10_core/04_class_queues.ipynb #3afc962c
 @patch
 def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor):
     "Write embeddings over the entries that leave, and keep the running sums."
     queue, total = self.queue, self.sum
-    if not queue.is_cpu: row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
+    if not queue.is_cpu:
+        row_B, class_B = row_B.to(queue.device), class_B.to(queue.device)
     new, rows = unit_BD.to(queue), queue.view(-1, queue.shape[2])
     old = rows.index_select(0, row_B)
-    wide = queue.is_cpu and new.is_contiguous() and all(n*new.itemsize % 16 == 0 for n in (rows.shape[1], new.stride(0), new.storage_offset()))
+    wide = (
+        queue.is_cpu
+        and new.is_contiguous()
+        and all(n * new.itemsize % 16 == 0 for n in (rows.shape[1], new.stride(0), new.storage_offset()))
+    )
     number = torch.complex128 if wide else rows.dtype
     rows.view(number).index_copy_(0, row_B, new.view(number))
-    if queue.dtype != total.dtype: new, old = new.to(total.dtype), old.to(total.dtype)
+    if queue.dtype != total.dtype:
+        new, old = new.to(total.dtype), old.to(total.dtype)
     total.index_add_(0, class_B, torch.sub(new, old, out=old))
     self._renew()
 
@@ -135,8 +166,8 @@ def _replace(self: ClassQueues, row_B: Tensor, class_B: Tensor, unit_BD: Tensor)
 def _renew(self: ClassQueues):
     "Take the sums of the classes whose turn it is afresh."
     C, known = len(self.queue), self.known
-    first, pace = known.first, 1 + C//512
-    if first % (8*pace) == 0:
-        last = first + 8*pace
+    first, pace = known.first, 1 + C // 512
+    if first % (8 * pace) == 0:
+        last = first + 8 * pace
         torch.sum(self.queue[first:last], 1, dtype=self.sum.dtype, out=self.sum[first:last])
     known.first = first + pace if first + pace < C else 0

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Callable
 
 # %% ../../nbs/10_core/06_files.ipynb #ec3044f6
-def write_atomically(path: Path, # final name; its folder is made if need be
-                     write: Callable[[Path], object], # writes to the path it is given
-                    ):
+def write_atomically(
+    path: Path,  # final name; its folder is made if need be
+    write: Callable[[Path], object],  # writes to the path it is given
+):
     "Write a file so that it is complete or absent."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,4 +22,5 @@ def write_atomically(path: Path, # final name; its folder is made if need be
     try:
         write(temporary)
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)

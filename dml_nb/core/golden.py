@@ -20,27 +20,35 @@ from .similarity import unit, unknown
 @dataclass(frozen=True)
 class Fixture:
     "The batch of the golden values, in float64."
-    embeddings: Tensor # (12, 8) E, not normalised
-    labels: Tensor # (12,) 0 0 0 1 1 1 2 2 2 3 3 3
-    proxies: Tensor # (5, 8) P
-    multi_proxies: Tensor # (5, 3, 8) W
+
+    embeddings: Tensor  # (12, 8) E, not normalised
+    labels: Tensor  # (12,) 0 0 0 1 1 1 2 2 2 3 3 3
+    proxies: Tensor  # (5, 8) P
+    multi_proxies: Tensor  # (5, 3, 8) W
     num_classes: int = 5
     embedding_size: int = 8
 
     @property
-    def unit(self) -> Tensor: # (12, 8) Z, unit rows of E
+    def unit(self) -> Tensor:  # (12, 8) Z, unit rows of E
         return unit(self.embeddings)
 
 # %% ../../nbs/10_core/07_golden.ipynb #113079bd
 def fixture() -> Fixture:
     "The closed-form batch on which the golden values hold."
     i, j, c, k = (torch.arange(n, dtype=torch.float64) for n in (12, 8, 5, 3))
-    def direction(c): return .5 + .7*c + 1.1*j + .21*c*j
+
+    def direction(c):
+        return 0.5 + 0.7 * c + 1.1 * j + 0.21 * c * j
+
     labels = torch.arange(12) // 3
-    noise = .8*torch.sin(1 + 1.7*i[:, None] + .9*j + .13*i[:, None]*j)
-    spread = .35*k[None, :, None]*(1 + j % 3)
-    return Fixture(torch.cos(direction(labels[:, None].double())) + noise, labels,
-                   torch.cos(direction(c[:, None])), torch.cos(direction(c[:, None, None]) + spread))
+    noise = 0.8 * torch.sin(1 + 1.7 * i[:, None] + 0.9 * j + 0.13 * i[:, None] * j)
+    spread = 0.35 * k[None, :, None] * (1 + j % 3)
+    return Fixture(
+        torch.cos(direction(labels[:, None].double())) + noise,
+        labels,
+        torch.cos(direction(c[:, None])),
+        torch.cos(direction(c[:, None, None]) + spread),
+    )
 
 # %% ../../nbs/10_core/07_golden.ipynb #6685929c
 @cache
@@ -49,8 +57,10 @@ def _golden() -> dict[str, float]:
         return {row["quantity"]: float(row["value"]) for row in DictReader(f)}
 
 # %% ../../nbs/10_core/07_golden.ipynb #b4c3d583
-def golden(quantity: str, # name of the value, first column of `golden.csv`
-          ) -> float: # its value in float64
+def golden(
+    quantity: str,  # name of the value, first column of `golden.csv`
+) -> float:  # its value in float64
     "A reference value on the `fixture`."
-    if quantity not in _golden(): raise unknown("golden value", quantity, _golden())
+    if quantity not in _golden():
+        raise unknown("golden value", quantity, _golden())
     return _golden()[quantity]

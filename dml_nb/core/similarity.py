@@ -28,19 +28,22 @@ class _Unit(torch.autograd.Function):
     def backward(ctx, grad):
         x, z = ctx.saved_tensors
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        across = torch.addcmul(grad, z, (grad*z).sum(-1, keepdim=True), value=-1)
+        across = torch.addcmul(grad, z, (grad * z).sum(-1, keepdim=True), value=-1)
         return across * ((norm > ctx.eps) / norm.clamp_min(ctx.eps)), None
 
-def unit(x: Tensor, # (..., D) vectors
-         eps: float = 1e-12, # norms below this are treated as `eps`, so that zero stays zero
-        ) -> Tensor: # (..., D) vectors of length 1
+
+def unit(
+    x: Tensor,  # (..., D) vectors
+    eps: float = 1e-12,  # norms below this are treated as `eps`, so that zero stays zero
+) -> Tensor:  # (..., D) vectors of length 1
     "Divide each vector by its Euclidean norm."
     return _Unit.apply(x, eps)
 
 # %% ../../nbs/10_core/02_similarity.ipynb #7dc148bd
-def cosine(a: Tensor, # (N, D) vectors
-           b: Tensor, # (M, D) vectors
-          ) -> Tensor: # (N, M) cosine similarities in [-1, 1]
+def cosine(
+    a: Tensor,  # (N, D) vectors
+    b: Tensor,  # (M, D) vectors
+) -> Tensor:  # (N, M) cosine similarities in [-1, 1]
     "Cosine similarity of every row of `a` with every row of `b`."
     return unit(a) @ unit(b).T
 
@@ -53,41 +56,52 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        z, = ctx.saved_tensors
-        return (grad + grad.T.contiguous()) @ z # adding a transposed view is several times slower than copying it first
+        (z,) = ctx.saved_tensors
+        return (
+            grad + grad.T.contiguous()
+        ) @ z  # adding a transposed view is several times slower than copying it first
 
-def gram(z: Tensor # (B, D) vectors
-        ) -> Tensor: # (B, B) inner products
+
+def gram(
+    z: Tensor,  # (B, D) vectors
+) -> Tensor:  # (B, B) inner products
     "Inner products of every row with every row."
     return _Gram.apply(z)
 
 # %% ../../nbs/10_core/02_similarity.ipynb #07f98101
-def euclidean(sim: Tensor, # cosine similarities of unit vectors, any shape
-              eps: float = 0., # added under the root: a positive value keeps the gradient at distance 0 finite
-             ) -> Tensor: # Euclidean distances in [0, 2]
+def euclidean(
+    sim: Tensor,  # cosine similarities of unit vectors, any shape
+    eps: float = 0.0,  # added under the root: a positive value keeps the gradient at distance 0 finite
+) -> Tensor:  # Euclidean distances in [0, 2]
     "Distance of unit vectors from their cosine similarity."
-    return (2 - 2*sim + eps).clamp_min(0).sqrt()
+    return (2 - 2 * sim + eps).clamp_min(0).sqrt()
 
 # %% ../../nbs/10_core/02_similarity.ipynb #4908ec98
-def match_masks(labels: Tensor, # (B,) anchor labels
-                ref_labels: Tensor | None = None, # (N,) reference labels; None: the batch itself, without the diagonal
-               ) -> tuple[Tensor, Tensor]: # (B, N) boolean masks of positives and of negatives
+def match_masks(
+    labels: Tensor,  # (B,) anchor labels
+    ref_labels: Tensor | None = None,  # (N,) reference labels; None: the batch itself, without the diagonal
+) -> tuple[Tensor, Tensor]:  # (B, N) boolean masks of positives and of negatives
     "Which references share the anchor's class, and which do not."
     same = labels[:, None] == (labels if ref_labels is None else ref_labels)[None]
-    if ref_labels is not None: return same, ~same
+    if ref_labels is not None:
+        return same, ~same
     return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
 
 # %% ../../nbs/10_core/02_similarity.ipynb #719720b5
 def first_order_only():
     "Called in the backward pass of a gradient that is written out: refuse to be differentiated again instead of returning a wrong number."
-    if torch.is_grad_enabled(): raise RuntimeError("this loss writes its gradient out and has no second derivative: call backward() without create_graph=True.")
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this loss writes its gradient out and has no second derivative: call backward() without create_graph=True."
+        )
+
 
 class _MaskedLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mask, dim):
         power = x.masked_fill(~mask, -torch.inf)
-        top = power.amax(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).min/4)
-        power = power.sub_(top).mul_(1/log(2)).exp2_()
+        top = power.amax(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).min / 4)
+        power = power.sub_(top).mul_(1 / log(2)).exp2_()
         total = power.sum(dim, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
         ctx.save_for_backward(power.div_(total))
         ctx.dim = dim
@@ -99,73 +113,97 @@ class _MaskedLogSumExp(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad.unsqueeze(ctx.dim), None, None
 
 # %% ../../nbs/10_core/02_similarity.ipynb #b4abed77
-def masked_logsumexp(x: Tensor, # exponents
-                     mask: Tensor, # boolean, shape of `x`: which exponents take part
-                     dim: int = -1, # dimension to sum over
-                    ) -> Tensor: # shape of `x` without `dim`
+def masked_logsumexp(
+    x: Tensor,  # exponents
+    mask: Tensor,  # boolean, shape of `x`: which exponents take part
+    dim: int = -1,  # dimension to sum over
+) -> Tensor:  # shape of `x` without `dim`
     "`log(sum(exp(x[mask])))` along `dim`; for an empty mask about -1e38 with gradient 0."
-    if not x.shape[dim]: return x.sum(dim) + torch.finfo(x.dtype).min/4
+    if not x.shape[dim]:
+        return x.sum(dim) + torch.finfo(x.dtype).min / 4
     return _MaskedLogSumExp.apply(x, mask, dim)
 
 # %% ../../nbs/10_core/02_similarity.ipynb #9aaa9796
-def log1p_sum_exp(x: Tensor, # exponents
-                  mask: Tensor, # boolean, shape of `x`: which exponents take part
-                  dim: int = -1, # dimension to sum over
-                 ) -> Tensor: # shape of `x` without `dim`
+def log1p_sum_exp(
+    x: Tensor,  # exponents
+    mask: Tensor,  # boolean, shape of `x`: which exponents take part
+    dim: int = -1,  # dimension to sum over
+) -> Tensor:  # shape of `x` without `dim`
     "`log(1 + sum(exp(x[mask])))` along `dim`, without overflow, 0 for an empty mask."
     total = masked_logsumexp(x, mask, dim)
     return torch.logaddexp(total, torch.zeros_like(total))
 
 # %% ../../nbs/10_core/02_similarity.ipynb #83db2071
-def in_float32(forward: Callable, # method `(self, embeddings, *args)` of a loss
-              ) -> Callable: # the same method, computing in float32 (or float64)
+def in_float32(
+    forward: Callable,  # method `(self, embeddings, *args)` of a loss
+) -> Callable:  # the same method, computing in float32 (or float64)
     "Run a loss in float32 whatever the autocast state; float64 input stays float64."
+
     @wraps(forward)
     def guarded(self, embeddings, *args, **kwargs):
-        if not isinstance(embeddings, Tensor): raise ValueError(f"embeddings must be a tensor, got {type(embeddings).__name__}: call torch.as_tensor on them.")
+        if not isinstance(embeddings, Tensor):
+            raise ValueError(
+                f"embeddings must be a tensor, got {type(embeddings).__name__}: call torch.as_tensor on them."
+            )
         with torch.autocast(embeddings.device.type, enabled=False):
-            return forward(self, embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings, *args, **kwargs)
+            return forward(
+                self,
+                embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings,
+                *args,
+                **kwargs,
+            )
+
     return guarded
 
 # %% ../../nbs/10_core/02_similarity.ipynb #43de8c8e
 from torch import distributed as dist
 
 # %% ../../nbs/10_core/02_similarity.ipynb #b285e681
-def _part_sizes(x: Tensor) -> list[int]: # length of the part of each process
-    if not (dist.is_available() and dist.is_initialized()): return [len(x)]
+def _part_sizes(x: Tensor) -> list[int]:  # length of the part of each process
+    if not (dist.is_available() and dist.is_initialized()):
+        return [len(x)]
     size = torch.tensor([len(x)], device=x.device)
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
     return torch.cat(sizes).tolist()
 
+
 @torch.no_grad()
-def gather(x: Tensor, # (B, ...) the part of this process
-          ) -> Tensor: # (sum of all B, ...) the parts of all processes, in the order of their ranks
+def gather(
+    x: Tensor,  # (B, ...) the part of this process
+) -> Tensor:  # (sum of all B, ...) the parts of all processes, in the order of their ranks
     "The rows of all processes together; `x` itself where there is only one."
     sizes = _part_sizes(x)
-    if len(sizes) == 1: return x
+    if len(sizes) == 1:
+        return x
     parts = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
     dist.all_gather(parts, torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]))
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
-def own_rows(x: Tensor, # (B, ...) the part of this process
-            ) -> slice: # of `gather(x)`
+
+def own_rows(
+    x: Tensor,  # (B, ...) the part of this process
+) -> slice:  # of `gather(x)`
     "Where the rows of this process are among those of all."
     sizes = _part_sizes(x)
-    start = sum(sizes[:dist.get_rank()]) if len(sizes) > 1 else 0
+    start = sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
     return slice(start, start + len(x))
 
-def own_share(count: int, # rows that every process holds
-             ) -> slice: # every n-th of them, the first at this process's rank
+
+def own_share(
+    count: int,  # rows that every process holds
+) -> slice:  # every n-th of them, the first at this process's rank
     "The part of common rows that this process answers for."
-    if not (dist.is_available() and dist.is_initialized()): return slice(0, count)
+    if not (dist.is_available() and dist.is_initialized()):
+        return slice(0, count)
     return slice(dist.get_rank(), count, dist.get_world_size())
 
 # %% ../../nbs/10_core/02_similarity.ipynb #0b20271e
-def unknown(kind: str, # what the name stands for, such as "loss"
-            name: str, # the name that was asked for
-            options: Iterable[str], # the names that exist
-           ) -> ValueError: # to be raised by the caller
+def unknown(
+    kind: str,  # what the name stands for, such as "loss"
+    name: str,  # the name that was asked for
+    options: Iterable[str],  # the names that exist
+) -> ValueError:  # to be raised by the caller
     "The error for a name that does not exist; it suggests the nearest."
     options = sorted(map(str, options))
     lower = {o.lower(): o for o in options}
@@ -174,35 +212,58 @@ def unknown(kind: str, # what the name stands for, such as "loss"
     return ValueError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(options) or 'none'}.")
 
 # %% ../../nbs/10_core/02_similarity.ipynb #83687c98
-def check_embeddings(embeddings: Tensor, # (B, D) floating point
-                     embedding_size: int | None = None, # required D, if known
-                    ) -> Tensor: # (B,) lengths, whose sum proves every number finite at a fraction of the cost of looking at each
+def check_embeddings(
+    embeddings: Tensor,  # (B, D) floating point
+    embedding_size: int | None = None,  # required D, if known
+) -> Tensor:  # (B,) lengths, whose sum proves every number finite at a fraction of the cost of looking at each
     "Raise `ValueError` unless `embeddings` is a finite (B, D) floating-point matrix."
-    if not isinstance(embeddings, Tensor): raise ValueError(f"embeddings must be a tensor, got {type(embeddings).__name__}: call torch.as_tensor on them.")
-    if embeddings.ndim != 2: raise ValueError(f"embeddings must have shape (B, D), got {tuple(embeddings.shape)}: flatten or pool the model's output first.")
-    if not embeddings.is_floating_point(): raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}: call .float() on them.")
+    if not isinstance(embeddings, Tensor):
+        raise ValueError(f"embeddings must be a tensor, got {type(embeddings).__name__}: call torch.as_tensor on them.")
+    if embeddings.ndim != 2:
+        raise ValueError(
+            f"embeddings must have shape (B, D), got {tuple(embeddings.shape)}: flatten or pool the model's output first."
+        )
+    if not embeddings.is_floating_point():
+        raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}: call .float() on them.")
     if embedding_size is not None and embeddings.shape[1] != embedding_size:
-        raise ValueError(f"embeddings have size {embeddings.shape[1]} but embedding_size is {embedding_size}: create the loss with embedding_size={embeddings.shape[1]}.")
+        raise ValueError(
+            f"embeddings have size {embeddings.shape[1]} but embedding_size is {embedding_size}: create the loss with embedding_size={embeddings.shape[1]}."
+        )
     rows = embeddings.detach()
-    if rows.dtype in (torch.float16, torch.bfloat16): rows = rows.float()
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
     length_B = torch.linalg.vector_norm(rows, dim=1)
-    if isfinite(length_B.sum()): return length_B
+    if isfinite(length_B.sum()):
+        return length_B
     finite_B = torch.isfinite(rows).all(1)
-    if not finite_B.all(): raise ValueError(f"embeddings contain NaN or infinity, first in row {finite_B.logical_not().nonzero()[0].item()}: lower the learning rate or check the input of that sample.")
+    if not finite_B.all():
+        raise ValueError(
+            f"embeddings contain NaN or infinity, first in row {finite_B.logical_not().nonzero()[0].item()}: lower the learning rate or check the input of that sample."
+        )
     long_B = length_B.isinf()
-    if long_B.any(): raise ValueError(f"the length of the embedding in row {long_B.nonzero()[0].item()} is beyond the range of {rows.dtype}: has the training diverged? Lower the learning rate.")
+    if long_B.any():
+        raise ValueError(
+            f"the length of the embedding in row {long_B.nonzero()[0].item()} is beyond the range of {rows.dtype}: has the training diverged? Lower the learning rate."
+        )
     return length_B
 
 # %% ../../nbs/10_core/02_similarity.ipynb #40509a93
-def check_labels(labels: Tensor, # (B,) integer class ids
-                 size: int, # required B
-                 num_classes: int | None = None, # labels must lie in 0...num_classes-1, if given
-                ):
+def check_labels(
+    labels: Tensor,  # (B,) integer class ids
+    size: int,  # required B
+    num_classes: int | None = None,  # labels must lie in 0...num_classes-1, if given
+):
     "Raise `ValueError` unless `labels` is a vector of `size` integers inside the known classes."
-    if not isinstance(labels, Tensor): raise ValueError(f"labels must be a tensor, got {type(labels).__name__}: call torch.as_tensor on them.")
-    if labels.ndim != 1 or len(labels) != size: raise ValueError(f"labels must have shape ({size},) to match the embeddings, got {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.dtype == torch.bool: raise ValueError(f"labels must be integers, got {labels.dtype}: call .long() on class ids.")
-    if num_classes is None or size == 0: return
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}: call torch.as_tensor on them.")
+    if labels.ndim != 1 or len(labels) != size:
+        raise ValueError(f"labels must have shape ({size},) to match the embeddings, got {tuple(labels.shape)}.")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}: call .long() on class ids.")
+    if num_classes is None or size == 0:
+        return
     low, high = (each.item() for each in labels.aminmax())
     if low < 0 or high >= num_classes:
-        raise ValueError(f"label {low if low < 0 else high} is outside 0...{num_classes-1}: re-index the labels or create the loss with num_classes={high+1}.")
+        raise ValueError(
+            f"label {low if low < 0 else high} is outside 0...{num_classes - 1}: re-index the labels or create the loss with num_classes={high + 1}."
+        )

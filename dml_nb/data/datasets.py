@@ -23,39 +23,44 @@ from fastcore.basics import patch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .glyphs import glyph_split, render_glyphs
 from ..core.files import write_atomically
 from ..core.similarity import unknown
+from .glyphs import glyph_split, render_glyphs
 
 # %% ../../nbs/20_data/02_datasets.ipynb #3237bb4e
 def data_root(
-    root=None # a folder; None: `DML_NB_DATA`, else ~/.cache/dml_nb/data
-) -> Path: # the folder that holds the data sets
+    root=None,  # a folder; None: `DML_NB_DATA`, else ~/.cache/dml_nb/data
+) -> Path:  # the folder that holds the data sets
     "Where data sets are looked for."
     return Path(root or os.environ.get("DML_NB_DATA") or "~/.cache/dml_nb/data").expanduser()
 
 # %% ../../nbs/20_data/02_datasets.ipynb #e85dd71e
-def cache_root() -> Path: # `DML_NB_CACHE`, else ~/.cache/dml_nb
+def cache_root() -> Path:  # `DML_NB_CACHE`, else ~/.cache/dml_nb
     "Where things that can be computed again are kept."
     return Path(os.environ.get("DML_NB_CACHE") or "~/.cache/dml_nb").expanduser()
 
 # %% ../../nbs/20_data/02_datasets.ipynb #8647df94
 class ImageSet(Dataset):
     "Images with class labels, from files or from memory."
-    def __init__(self,
-        name:str, # for messages
-        labels, # (N,) integers, 0 .. number of classes - 1
-        classes:list, # class names, by label
-        paths:list=None, # N files, or
-        array:np.ndarray=None # (N, H, W) uint8 grey images
+
+    def __init__(
+        self,
+        name: str,  # for messages
+        labels,  # (N,) integers, 0 .. number of classes - 1
+        classes: list,  # class names, by label
+        paths: list = None,  # N files, or
+        array: np.ndarray = None,  # (N, H, W) uint8 grey images
     ):
         self.name, self.classes, self.paths, self.array = name, list(classes), paths, array
         self.labels, self.transform = torch.as_tensor(labels, dtype=torch.int64), None
 
-    def __len__(self): return len(self.labels)
-    def __repr__(self): return f"{self.name}: {len(self.classes):,} classes, {len(self):,} images"
+    def __len__(self):
+        return len(self.labels)
 
-    def image(self, i:int) -> Image.Image: # RGB
+    def __repr__(self):
+        return f"{self.name}: {len(self.classes):,} classes, {len(self):,} images"
+
+    def image(self, i: int) -> Image.Image:  # RGB
         "Picture `i`, as it is."
         return (Image.fromarray(self.array[i]) if self.paths is None else Image.open(self.paths[i])).convert("RGB")
 
@@ -65,9 +70,10 @@ class ImageSet(Dataset):
 
 # %% ../../nbs/20_data/02_datasets.ipynb #973c22dc
 @patch
-def with_transform(self:ImageSet,
-    transform # function of a PIL image, or None
-) -> ImageSet: # a copy that shares the images
+def with_transform(
+    self: ImageSet,
+    transform,  # function of a PIL image, or None
+) -> ImageSet:  # a copy that shares the images
     "The same images, transformed."
     other = copy.copy(self)
     other.transform = transform
@@ -75,13 +81,15 @@ def with_transform(self:ImageSet,
 
 # %% ../../nbs/20_data/02_datasets.ipynb #517d76e6
 @patch
-def subset(self:ImageSet,
-    class_ids, # classes to keep, by label; their order gives the new labels
-    name:str # of the part
-) -> ImageSet: # labels 0 .. len(class_ids) - 1
+def subset(
+    self: ImageSet,
+    class_ids,  # classes to keep, by label; their order gives the new labels
+    name: str,  # of the part
+) -> ImageSet:  # labels 0 .. len(class_ids) - 1
     "The images of some classes, with labels that count from 0."
     wrong = sorted(set(class_ids) - set(range(len(self.classes))))
-    if wrong: raise ValueError(f"{self.name} has no class {wrong[0]}: classes are 0 to {len(self.classes) - 1}")
+    if wrong:
+        raise ValueError(f"{self.name} has no class {wrong[0]}: classes are 0 to {len(self.classes) - 1}")
     new_label = np.full(len(self.classes), -1)
     new_label[list(class_ids)] = np.arange(len(class_ids))
     labels = new_label[self.labels]
@@ -91,86 +99,120 @@ def subset(self:ImageSet,
 
 # %% ../../nbs/20_data/02_datasets.ipynb #3f5eb8e4
 @patch(as_prop=True)
-def checksum(self:ImageSet) -> str: # 16 hex digits
+def checksum(self: ImageSet) -> str:  # 16 hex digits
     "Names these images and labels, the same on every machine."
-    if self.paths is None: content = self.array.tobytes() + self.labels.numpy().tobytes()
-    else: content = json.dumps(sorted((f"{p.parent.name}/{p.name}", label, p.stat().st_size) for p, label in zip(self.paths, self.labels.tolist()))).encode()
+    if self.paths is None:
+        content = self.array.tobytes() + self.labels.numpy().tobytes()
+    else:
+        content = json.dumps(
+            sorted(
+                (f"{p.parent.name}/{p.name}", label, p.stat().st_size)
+                for p, label in zip(self.paths, self.labels.tolist())
+            )
+        ).encode()
     return sha256(content).hexdigest()[:16]
 
 # %% ../../nbs/20_data/02_datasets.ipynb #c5ec0cff
 @dataclass(repr=False)
 class RetrievalData:
     "Training and test images of disjoint classes."
-    name:str # of the data set
-    train:ImageSet # images to learn from
-    test:ImageSet # images to be found by each other
+
+    name: str  # of the data set
+    train: ImageSet  # images to learn from
+    test: ImageSet  # images to be found by each other
 
     def __post_init__(self):
         common = sorted(set(self.train.classes) & set(self.test.classes))
-        if common: raise ValueError(f"{len(common)} classes are in both training and test, such as {common[0]!r}: retrieval needs disjoint classes")
+        if common:
+            raise ValueError(
+                f"{len(common)} classes are in both training and test, such as {common[0]!r}: retrieval needs disjoint classes"
+            )
         for part in (self.train, self.test):
-            if len(part) == 0 or part.labels.bincount().max() < 2: raise ValueError(f"{part}: no class has two images, so nothing can be found; add images or classes")
+            if len(part) == 0 or part.labels.bincount().max() < 2:
+                raise ValueError(f"{part}: no class has two images, so nothing can be found; add images or classes")
 
-    def __repr__(self): return f"{self.name}\n  train {self.train}\n  test  {self.test}"
+    def __repr__(self):
+        return f"{self.name}\n  train {self.train}\n  test  {self.test}"
 
     @property
-    def checksum(self) -> str: # 16 hex digits
+    def checksum(self) -> str:  # 16 hex digits
         return sha256(f"{self.train.checksum} {self.test.checksum}".encode()).hexdigest()[:16]
 
 # %% ../../nbs/20_data/02_datasets.ipynb #6119442c
 @patch
-def holdout(self:RetrievalData,
-    fraction:float=.2, # share of the training classes to test on
-    seed:int=0 # which classes
-) -> RetrievalData: # from the training classes only
+def holdout(
+    self: RetrievalData,
+    fraction: float = 0.2,  # share of the training classes to test on
+    seed: int = 0,  # which classes
+) -> RetrievalData:  # from the training classes only
     "A split within the training classes, to choose settings by."
     C = len(self.train.classes)
     held = round(fraction * C)
-    if not 0 < held < C: raise ValueError(f"fraction {fraction} of {C} training classes holds out {held}: both parts need at least one class")
+    if not 0 < held < C:
+        raise ValueError(
+            f"fraction {fraction} of {C} training classes holds out {held}: both parts need at least one class"
+        )
     order = np.random.default_rng(seed).permutation(C)
-    parts = {part: self.train.subset(np.sort(ids).tolist(), f"{self.train.name}/{part}") for part, ids in (("fit", order[held:]), ("held", order[:held]))}
+    parts = {
+        part: self.train.subset(np.sort(ids).tolist(), f"{self.train.name}/{part}")
+        for part, ids in (("fit", order[held:]), ("held", order[:held]))
+    }
     return RetrievalData(f"{self.name} (holdout {fraction:g}, seed {seed})", parts["fit"], parts["held"])
 
 # %% ../../nbs/20_data/02_datasets.ipynb #ff56c670
-def _decode(path): # None, or why it cannot be read
+def _decode(path):  # None, or why it cannot be read
     try:
-        with Image.open(path) as image: image.load()
-    except Exception as e: return str(e).replace(str(path), path.name) or type(e).__name__ # decoders raise whatever they like
+        with Image.open(path) as image:
+            image.load()
+    except Exception as e:
+        return str(e).replace(str(path), path.name) or type(e).__name__  # decoders raise whatever they like
 
 # %% ../../nbs/20_data/02_datasets.ipynb #f5b1b00a
 def find_corrupt(
-    paths:list # image files
-) -> dict: # position -> reason
+    paths: list,  # image files
+) -> dict:  # position -> reason
     "The files that cannot be decoded."
-    with ThreadPoolExecutor() as pool: reasons = list(pool.map(_decode, paths))
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(_decode, paths))
     return {i: reason for i, reason in enumerate(reasons) if reason}
 
 # %% ../../nbs/20_data/02_datasets.ipynb #c00f2419
 def cached_corrupt(
-    paths:list # image files
-) -> dict: # position -> reason, as `find_corrupt`
+    paths: list,  # image files
+) -> dict:  # position -> reason, as `find_corrupt`
     "`find_corrupt`, remembered until a file changes."
     stats = [(str(p.absolute()), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths]
-    verdict = cache_root()/"checked"/f"{sha256(json.dumps(stats).encode()).hexdigest()[:32]}.json"
-    try: return {int(i): reason for i, reason in json.loads(verdict.read_text()).items()}
-    except (OSError, ValueError): corrupt = find_corrupt(paths)
-    try: write_atomically(verdict, lambda part: part.write_text(json.dumps(corrupt)))
-    except OSError: pass # a cache that cannot be written is only slow
+    verdict = cache_root() / "checked" / f"{sha256(json.dumps(stats).encode()).hexdigest()[:32]}.json"
+    try:
+        return {int(i): reason for i, reason in json.loads(verdict.read_text()).items()}
+    except (OSError, ValueError):
+        corrupt = find_corrupt(paths)
+    try:
+        write_atomically(verdict, lambda part: part.write_text(json.dumps(corrupt)))
+    except OSError:
+        pass  # a cache that cannot be written is only slow
     return corrupt
 
 # %% ../../nbs/20_data/02_datasets.ipynb #4b8151e9
-def _some(names, most=3): return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+def _some(names, most=3):
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 # %% ../../nbs/20_data/02_datasets.ipynb #d45158e0
 def _halves(name, files, labels, classes, boundary, on_corrupt):
     "From files to `RetrievalData`: classes below `boundary` train, the rest test."
     corrupt = cached_corrupt(files)
     if corrupt:
-        which = f"{len(corrupt):,} of {len(files):,} files of {name} cannot be read: " + _some([f"{files[i].parent.name}/{files[i].name} ({reason})" for i, reason in corrupt.items()])
-        if on_corrupt != "skip": raise ValueError(f'{which}. Repair or remove them, or leave them out with on_corrupt="skip".')
+        which = f"{len(corrupt):,} of {len(files):,} files of {name} cannot be read: " + _some(
+            [f"{files[i].parent.name}/{files[i].name} ({reason})" for i, reason in corrupt.items()]
+        )
+        if on_corrupt != "skip":
+            raise ValueError(f'{which}. Repair or remove them, or leave them out with on_corrupt="skip".')
         warnings.warn(f"{which}. They are left out.")
     good = [i for i in range(len(files)) if i not in corrupt]
-    whole, left = ImageSet(name, [labels[i] for i in good], classes, [files[i] for i in good]), {labels[i] for i in good}
+    whole, left = (
+        ImageSet(name, [labels[i] for i in good], classes, [files[i] for i in good]),
+        {labels[i] for i in good},
+    )
     train, test = ([c for c in ids if c in left] for ids in (range(boundary), range(boundary, len(classes))))
     return RetrievalData(name, whole.subset(train, f"{name}/train"), whole.subset(test, f"{name}/test"))
 
@@ -179,87 +221,124 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 # %% ../../nbs/20_data/02_datasets.ipynb #891cf8e3
 def _images_in(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
 
 # %% ../../nbs/20_data/02_datasets.ipynb #7db0b0bd
 def load_folder(
-    folder, # holds one folder of images a class
-    on_corrupt:str="stop" # "stop" or "skip"
-) -> RetrievalData: # first half of the classes train, second half test
+    folder,  # holds one folder of images a class
+    on_corrupt: str = "stop",  # "stop" or "skip"
+) -> RetrievalData:  # first half of the classes train, second half test
     "Any folder of class folders."
     folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise FileNotFoundError(f"folder {folder} does not exist")
-    folders = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))), key=lambda p: p.name)
-    if not folders: raise ValueError(f"{folder} holds no class folders: put the images of each class into a folder of its own")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist")
+    folders = sorted(
+        (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))), key=lambda p: p.name
+    )
+    if not folders:
+        raise ValueError(f"{folder} holds no class folders: put the images of each class into a folder of its own")
     found = {p: _images_in(p) for p in folders}
     empty, classes = [p.name for p in folders if not found[p]], [p for p in folders if found[p]]
-    if not classes: raise ValueError(f"{folder}: no images in {len(folders)} class folders (looked for {', '.join(sorted(SUFFIXES))})")
-    if len(classes) == 1: raise ValueError(f"{folder} has images of one class only, {classes[0].name!r}: training and test need at least one each")
-    if empty: warnings.warn(f"{len(empty)} folders without images are left out: {_some(empty)}")
+    if not classes:
+        raise ValueError(
+            f"{folder}: no images in {len(folders)} class folders (looked for {', '.join(sorted(SUFFIXES))})"
+        )
+    if len(classes) == 1:
+        raise ValueError(
+            f"{folder} has images of one class only, {classes[0].name!r}: training and test need at least one each"
+        )
+    if empty:
+        warnings.warn(f"{len(empty)} folders without images are left out: {_some(empty)}")
     files, labels = zip(*((f, label) for label, p in enumerate(classes) for f in found[p]))
     return _halves(folder.name, files, labels, [p.name for p in classes], (len(classes) + 1) // 2, on_corrupt)
 
 # %% ../../nbs/20_data/02_datasets.ipynb #479c1c72
 CUB_COUNTS = dict(training=5864, test=5924)
-FIRST = dict(cub=("CUB_200_2011/images.txt", "CUB_200_2011/image_class_labels.txt")) # files without which a data set is not there
+FIRST = dict(
+    cub=("CUB_200_2011/images.txt", "CUB_200_2011/image_class_labels.txt")
+)  # files without which a data set is not there
 
-def _table(file): return [line.split() for line in file.read_text().splitlines() if line.strip()]
+
+def _table(file):
+    return [line.split() for line in file.read_text().splitlines() if line.strip()]
 
 # %% ../../nbs/20_data/02_datasets.ipynb #b8490cec
 def load_cub(
-    root=None, # folder that holds CUB_200_2011; None: `data_root`
-    on_corrupt:str="stop" # "stop" or "skip"
-) -> RetrievalData: # 100 classes each
+    root=None,  # folder that holds CUB_200_2011; None: `data_root`
+    on_corrupt: str = "stop",  # "stop" or "skip"
+) -> RetrievalData:  # 100 classes each
     "CUB-200-2011 with its standard split by class."
-    lists = [data_root(root)/path for path in FIRST["cub"]]
+    lists = [data_root(root) / path for path in FIRST["cub"]]
     folder = lists[0].parent
     absent = [str(p) for p in lists if not p.is_file()]
-    if absent: raise FileNotFoundError(f"CUB needs {' and '.join(absent)}: unpack CUB_200_2011.tgz (vision.caltech.edu/datasets/cub_200_2011) in {folder.parent}, or set DML_NB_DATA to the folder that holds CUB_200_2011")
+    if absent:
+        raise FileNotFoundError(
+            f"CUB needs {' and '.join(absent)}: unpack CUB_200_2011.tgz (vision.caltech.edu/datasets/cub_200_2011) in {folder.parent}, or set DML_NB_DATA to the folder that holds CUB_200_2011"
+        )
     class_of = dict(_table(lists[1]))
     images = _table(lists[0])
-    files, labels = [folder/"images"/name for _, name in images], [int(class_of[number]) - 1 for number, _ in images]
+    files, labels = (
+        [folder / "images" / name for _, name in images],
+        [int(class_of[number]) - 1 for number, _ in images],
+    )
     for (part, expected), found in zip(CUB_COUNTS.items(), np.bincount(np.array(labels) >= 100, minlength=2)):
-        if found != expected: raise ValueError(f"CUB has {found:,} {part} images in {folder}, {expected:,} are expected: unpack it again")
+        if found != expected:
+            raise ValueError(f"CUB has {found:,} {part} images in {folder}, {expected:,} are expected: unpack it again")
     missing = [f"{p.parent.name}/{p.name}" for p in files if not p.is_file()]
-    if missing: raise FileNotFoundError(f"{len(missing):,} of {len(files):,} CUB images are missing in {folder}: {_some(missing)}. Unpack it again.")
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(files):,} CUB images are missing in {folder}: {_some(missing)}. Unpack it again."
+        )
     classes = {label: p.parent.name for p, label in zip(files, labels)}
     return _halves("cub", files, labels, [classes[c] for c in range(200)], 100, on_corrupt)
 
 # %% ../../nbs/20_data/02_datasets.ipynb #6175b834
 def load_glyphs(
-    root=None, # not used: the fonts come with matplotlib
-    on_corrupt:str="stop" # not used
-) -> RetrievalData: # every other character each
+    root=None,  # not used: the fonts come with matplotlib
+    on_corrupt: str = "stop",  # not used
+) -> RetrievalData:  # every other character each
     "The embedded glyph data set."
     images, labels, chars, _ = render_glyphs()
     whole = ImageSet("glyphs", labels, chars, array=images)
-    return RetrievalData("glyphs", *(whole.subset(ids, f"glyphs/{part}") for part, ids in zip(("train", "test"), glyph_split())))
+    return RetrievalData(
+        "glyphs", *(whole.subset(ids, f"glyphs/{part}") for part, ids in zip(("train", "test"), glyph_split()))
+    )
 
 # %% ../../nbs/20_data/02_datasets.ipynb #937b00b6
 LOADERS = dict(glyphs=load_glyphs, cub=load_cub)
 PLANNED = ("cars", "sop", "inshop")
 
-def list_datasets() -> list[str]: # names for `load_dataset`
+
+def list_datasets() -> list[str]:  # names for `load_dataset`
     "The data sets that have a name."
     return list(LOADERS)
 
+
 def is_here(
-    name:str, # one of `list_datasets`
-    root=None # folder that holds the named data sets; None: `data_root`
-) -> bool: # glance at a file or two; `load_dataset` checks the rest
+    name: str,  # one of `list_datasets`
+    root=None,  # folder that holds the named data sets; None: `data_root`
+) -> bool:  # glance at a file or two; `load_dataset` checks the rest
     "Whether a data set seems to be on this machine."
-    return all((data_root(root)/path).is_file() for path in FIRST.get(name, ()))
+    return all((data_root(root) / path).is_file() for path in FIRST.get(name, ()))
 
 # %% ../../nbs/20_data/02_datasets.ipynb #71059332
 def load_dataset(
-    name, # one of `list_datasets`, or the path of a folder of class folders
-    root=None, # folder that holds the named data sets; None: `data_root`
-    on_corrupt:str="stop" # files that cannot be read: "stop" or "skip" them
-) -> RetrievalData: # training and test images of disjoint classes
+    name,  # one of `list_datasets`, or the path of a folder of class folders
+    root=None,  # folder that holds the named data sets; None: `data_root`
+    on_corrupt: str = "stop",  # files that cannot be read: "stop" or "skip" them
+) -> RetrievalData:  # training and test images of disjoint classes
     "Load a data set, checked."
-    if on_corrupt not in ("stop", "skip"): raise unknown("on_corrupt", on_corrupt, ("stop", "skip"))
-    if str(name) in LOADERS: return LOADERS[str(name)](root, on_corrupt)
+    if on_corrupt not in ("stop", "skip"):
+        raise unknown("on_corrupt", on_corrupt, ("stop", "skip"))
+    if str(name) in LOADERS:
+        return LOADERS[str(name)](root, on_corrupt)
     path = Path(name).expanduser()
-    if path.is_dir() or isinstance(name, Path) or "/" in str(name) or os.sep in str(name): return load_folder(path, on_corrupt)
-    if name in PLANNED: raise ValueError(f"data set {name!r} is not available yet. Known: {', '.join(list_datasets())}, or the path of a folder of class folders.")
+    if path.is_dir() or isinstance(name, Path) or "/" in str(name) or os.sep in str(name):
+        return load_folder(path, on_corrupt)
+    if name in PLANNED:
+        raise ValueError(
+            f"data set {name!r} is not available yet. Known: {', '.join(list_datasets())}, or the path of a folder of class folders."
+        )
     raise ValueError(f"{unknown('data set', name, list_datasets())} The path of a folder of class folders works too.")

@@ -18,28 +18,32 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, features
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #ff7cf444
-SIDE = 32 # pixels a side
-POINTS = 22 # font size in pixels: 8 of the 26,100 glyphs exceed the canvas, most leave room for a shift
-FACES = tuple(f"DejaVu{family}{style}" for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
-              for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}"))
+SIDE = 32  # pixels a side
+POINTS = 22  # font size in pixels: 8 of the 26,100 glyphs exceed the canvas, most leave room for a shift
+FACES = tuple(
+    f"DejaVu{family}{style}"
+    for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+    for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")
+)
+
 
 def font_file(
-    face:str # one of `FACES`
-) -> str: # path of the font file
+    face: str,  # one of `FACES`
+) -> str:  # path of the font file
     "Where matplotlib keeps a face."
-    return str(Path(matplotlib.get_data_path())/"fonts/ttf"/f"{face}.ttf")
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{face}.ttf")
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #c00f0b4c
-def common_characters() -> list[str]: # by code point
+def common_characters() -> list[str]:  # by code point
     "The characters that every face has a glyph for."
     charmaps = (set(FT2Font(font_file(face)).get_charmap()) for face in FACES)
     return [chr(code) for code in sorted(reduce(set.intersection, charmaps))]
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #e845e981
 def draw_glyph(
-    char:str, # the character
-    font:ImageFont.FreeTypeFont # a face at a size
-) -> np.ndarray: # (SIDE, SIDE) uint8, all 0 for a blank glyph
+    char: str,  # the character
+    font: ImageFont.FreeTypeFont,  # a face at a size
+) -> np.ndarray:  # (SIDE, SIDE) uint8, all 0 for a blank glyph
     "One character, its ink centred on the canvas."
     left, top, right, bottom = font.getbbox(char)
     drawn = Image.new("L", (max(1, right - left), max(1, bottom - top)))
@@ -51,43 +55,49 @@ def draw_glyph(
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #c6be8d3f
 def distinct(
-    pictures:np.ndarray # (C, F, SIDE, SIDE) uint8: C characters in F faces
-) -> list[int]: # positions of those to keep, ascending
+    pictures: np.ndarray,  # (C, F, SIDE, SIDE) uint8: C characters in F faces
+) -> list[int]:  # positions of those to keep, ascending
     "Drop characters with a blank picture, and those that look like an earlier one in half of the faces."
     keep, seen = [], defaultdict(list)
     for i, faces in enumerate(pictures):
         keys = [(face, picture.tobytes()) for face, picture in enumerate(faces)]
         alike = Counter(earlier for key in keys for earlier in seen[key])
-        if not faces.any((1, 2)).all() or max(alike.values(), default=0) >= len(faces) / 2: continue
+        if not faces.any((1, 2)).all() or max(alike.values(), default=0) >= len(faces) / 2:
+            continue
         keep.append(i)
-        for key in keys: seen[key].append(i)
+        for key in keys:
+            seen[key].append(i)
     return keep
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #471a064e
 @cache
-def render_glyphs() -> tuple: # images (N, SIDE, SIDE) uint8, labels (N,) int64, characters, faces
+def render_glyphs() -> tuple:  # images (N, SIDE, SIDE) uint8, labels (N,) int64, characters, faces
     "All characters in all faces: N = 12 × the number of characters."
     candidates = common_characters()
     fonts = [ImageFont.truetype(font_file(face), POINTS, layout_engine=ImageFont.Layout.BASIC) for face in FACES]
     pictures = np.stack([[draw_glyph(char, font) for font in fonts] for char in candidates])
     keep = distinct(pictures)
     images = pictures[keep].reshape(-1, SIDE, SIDE)
-    images.flags.writeable = False # shared by all who ask
+    images.flags.writeable = False  # shared by all who ask
     return images, np.arange(len(keep)).repeat(len(FACES)), tuple(candidates[i] for i in keep), FACES
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #35dbbb91
-def glyph_characters() -> list[str]: # by code point; the label is the position
+def glyph_characters() -> list[str]:  # by code point; the label is the position
     "The characters that are classes."
     return list(render_glyphs()[2])
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #3ccf7296
-def glyph_split() -> tuple[list[int], list[int]]: # classes to train, classes to test
+def glyph_split() -> tuple[list[int], list[int]]:  # classes to train, classes to test
     "Every other character trains, the rest test."
     classes = list(range(len(render_glyphs()[2])))
     return classes[::2], classes[1::2]
 
 # %% ../../nbs/20_data/01_glyphs.ipynb #3069689b
-def glyph_versions() -> dict: # name -> version
+def glyph_versions() -> dict:  # name -> version
     "What the pixels depend on."
     names = FT2Font(font_file(FACES[0])).get_sfnt()
-    return dict(dejavu=names[1, 0, 0, 5].decode().removeprefix("Version "), pillow=PIL.__version__, freetype=features.version("freetype2"))
+    return dict(
+        dejavu=names[1, 0, 0, 5].decode().removeprefix("Version "),
+        pillow=PIL.__version__,
+        freetype=features.version("freetype2"),
+    )

@@ -15,34 +15,46 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .datasets import ImageSet, RetrievalData, data_root
 from ..core.similarity import check_labels, unit, unknown
+from .datasets import ImageSet, RetrievalData, data_root
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #c0ae6760
 @dataclass(repr=False)
 class LabelNoise:
     "Given labels beside the true ones."
-    name:str # what was done
-    given:Tensor # (N,) int64, 0 .. G-1; -1: no label given
-    true:Tensor # (N,) int64, 0 .. C-1
-    stands_for:Tensor # (G,) int64, true class of each given label; -1: none
-    lines_without_image:int = 0 # of a list that was read
+
+    name: str  # what was done
+    given: Tensor  # (N,) int64, 0 .. G-1; -1: no label given
+    true: Tensor  # (N,) int64, 0 .. C-1
+    stands_for: Tensor  # (G,) int64, true class of each given label; -1: none
+    lines_without_image: int = 0  # of a list that was read
 
     @property
-    def listed(self) -> Tensor: return self.given >= 0 # (N,) boolean
+    def listed(self) -> Tensor:
+        return self.given >= 0  # (N,) boolean
+
     @property
-    def wrong(self) -> Tensor: return self.listed & (self.stands_for[self.given] != self.true) # (N,) boolean
+    def wrong(self) -> Tensor:
+        return self.listed & (self.stands_for[self.given] != self.true)  # (N,) boolean
+
     @property
-    def rate(self) -> float: return int(self.wrong.sum()) / max(1, int(self.listed.sum())) # measured, in [0, 1]
+    def rate(self) -> float:
+        return int(self.wrong.sum()) / max(1, int(self.listed.sum()))  # measured, in [0, 1]
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #9273a25c
 @patch
-def __repr__(self:LabelNoise):
+def __repr__(self: LabelNoise):
     listed, stray = int(self.listed.sum()), (self.stands_for < 0)[self.given] & self.listed
-    parts = [f"{self.name}: {int(self.wrong.sum()):,} of {listed:,} labels wrong ({self.rate:.1%})", f"{len(self.stands_for):,} labels"]
-    if stray.any(): parts.append(f"stands for no class: {int(stray.sum()):,}")
-    if listed < len(self.given): parts.append(f"images without a label: {len(self.given) - listed:,}")
-    if self.lines_without_image: parts.append(f"lines without an image: {self.lines_without_image:,}")
+    parts = [
+        f"{self.name}: {int(self.wrong.sum()):,} of {listed:,} labels wrong ({self.rate:.1%})",
+        f"{len(self.stands_for):,} labels",
+    ]
+    if stray.any():
+        parts.append(f"stands for no class: {int(stray.sum()):,}")
+    if listed < len(self.given):
+        parts.append(f"images without a label: {len(self.given) - listed:,}")
+    if self.lines_without_image:
+        parts.append(f"lines without an image: {self.lines_without_image:,}")
     return "; ".join(parts)
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #538e7448
@@ -53,15 +65,17 @@ def _checked(labels, num_classes=None):
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #bd5e2d87
 def symmetric_noise(
-    labels, # (N,) true labels, 0 .. num_classes-1
-    rate:float, # r, probability of a wrong label
-    num_classes:int, # C
-    seed:int=0 # which images, which labels
-) -> LabelNoise: # labels keep their meaning
+    labels,  # (N,) true labels, 0 .. num_classes-1
+    rate: float,  # r, probability of a wrong label
+    num_classes: int,  # C
+    seed: int = 0,  # which images, which labels
+) -> LabelNoise:  # labels keep their meaning
     "Each image independently gets the label of another class, all alike likely (PRISM)."
     true = _checked(labels, num_classes)
-    if not 0 <= rate <= 1: raise ValueError(f"rate must lie in 0...1, got {rate}: 20 % is 0.2.")
-    if num_classes < 2: raise ValueError(f"symmetric noise needs another class to choose, got num_classes={num_classes}.")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must lie in 0...1, got {rate}: 20 % is 0.2.")
+    if num_classes < 2:
+        raise ValueError(f"symmetric noise needs another class to choose, got num_classes={num_classes}.")
     rng = np.random.default_rng(seed)
     flipped, shift = rng.random(len(true)) < rate, rng.integers(1, num_classes, len(true))
     given = (true + torch.from_numpy(flipped * shift)) % num_classes
@@ -71,106 +85,158 @@ def symmetric_noise(
 def _clusters(features, seed):
     "Cluster number of each image: about half as many clusters as images."
     from sklearn.cluster import KMeans
-    return KMeans(max(1, round(len(features)/2)), n_init=1, random_state=seed).fit_predict(unit(features).numpy())
+
+    return KMeans(max(1, round(len(features) / 2)), n_init=1, random_state=seed).fit_predict(unit(features).numpy())
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #f6220b70
 def small_cluster_noise(
-    labels, # (N,) true labels, 0 .. C-1
-    features:Tensor, # (N, F) what makes images look alike, such as backbone features
-    rate:float, # r, share of the classes that are dissolved
-    seed:int=0 # which classes, which clusters, which labels
-) -> LabelNoise: # labels count the surviving classes
+    labels,  # (N,) true labels, 0 .. C-1
+    features: Tensor,  # (N, F) what makes images look alike, such as backbone features
+    rate: float,  # r, share of the classes that are dissolved
+    seed: int = 0,  # which classes, which clusters, which labels
+) -> LabelNoise:  # labels count the surviving classes
     "Dissolve classes: each small cluster of their images goes to a surviving class (PRISM)."
     true = _checked(labels)
     C = int(true.max()) + 1
-    dissolved = int(rate*C + 1e-9) # 0.29 * 100 is 28.999... in floating point
-    if not 0 <= rate or dissolved >= C: raise ValueError(f"rate must lie in 0...1 and leave a class of {C}, got {rate}.")
-    if len(features) != len(true): raise ValueError(f"features must have one row for each of the {len(true):,} labels, got {len(features):,}.")
+    dissolved = int(rate * C + 1e-9)  # 0.29 * 100 is 28.999... in floating point
+    if not 0 <= rate or dissolved >= C:
+        raise ValueError(f"rate must lie in 0...1 and leave a class of {C}, got {rate}.")
+    if len(features) != len(true):
+        raise ValueError(f"features must have one row for each of the {len(true):,} labels, got {len(features):,}.")
     rng = np.random.default_rng(seed)
     order = rng.permutation(C)
     survivors = torch.from_numpy(np.sort(order[dissolved:]))
     given = torch.searchsorted(survivors, true)
-    for c in np.sort(order[:dissolved]): _dissolve(given, true == int(c), features, C - dissolved, rng)
+    for c in np.sort(order[:dissolved]):
+        _dissolve(given, true == int(c), features, C - dissolved, rng)
     return LabelNoise(f"small-cluster {rate:.0%}, seed {seed}", given, true, survivors)
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #4970d32a
 def _dissolve(given, own, features, survivors, rng):
     "Give each cluster of a class's images one random label, in place."
-    if not own.any(): return
+    if not own.any():
+        return
     cluster = _clusters(features[own].float(), int(rng.integers(2**31)))
     given[own] = torch.from_numpy(rng.integers(survivors, size=cluster.max() + 1)[cluster])
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #ff11172d
 def _read_lines(path):
     "Class folder and file name -> label, as the list has it."
-    lines = [(n, *line.rpartition(",")[::2]) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    lines = [
+        (n, *line.rpartition(",")[::2])
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.strip()
+    ]
     for n, name, label in lines:
-        if not (name and label.strip().isdecimal()): raise ValueError(f"{path.name}, line {n}: expected 'path,label' with a whole number, got {f'{name},{label}'.strip(',')!r}.")
+        if not (name and label.strip().isdecimal()):
+            raise ValueError(
+                f"{path.name}, line {n}: expected 'path,label' with a whole number, got {f'{name},{label}'.strip(',')!r}."
+            )
     keys = ["/".join(Path(name).parts[-2:]) for _, name, _ in lines]
-    if not keys: raise ValueError(f"{path.name} is empty: download the list again.")
+    if not keys:
+        raise ValueError(f"{path.name} is empty: download the list again.")
     twice = [key for key, n in Counter(keys).items() if n > 1]
-    if twice: raise ValueError(f"{path.name} names {len(twice):,} images more than once, such as {twice[0]!r}: which label holds is unclear.")
+    if twice:
+        raise ValueError(
+            f"{path.name} names {len(twice):,} images more than once, such as {twice[0]!r}: which label holds is unclear."
+        )
     return {key: int(label) for key, (_, _, label) in zip(keys, lines)}
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #1803a6fc
 def _meaning(given, true, num_classes, from_one):
     "The class that each label stands for: the same number, or the class most of its images come from."
     G = max(num_classes, int(given.max()) + 1) if from_one else int(given.max()) + 1
-    if from_one: return torch.arange(G).where(torch.arange(G) < num_classes, -1)
+    if from_one:
+        return torch.arange(G).where(torch.arange(G) < num_classes, -1)
     listed = given >= 0
-    count_GC = torch.bincount(given[listed]*num_classes + true[listed], minlength=G*num_classes).view(G, num_classes)
+    count_GC = torch.bincount(given[listed] * num_classes + true[listed], minlength=G * num_classes).view(
+        G, num_classes
+    )
     return count_GC.argmax(1).where(count_GC.sum(1) > 0, -1)
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #dfa43794
 def read_noise_list(
-    path, # file with lines `path,label`; a bare name is looked for in the folder `prism` of the data root
-    data:RetrievalData, # the data set that the list was made for, from files
-    on_mismatch:str="stop" # images without a line and lines without an image: "stop" or "skip" them
-) -> LabelNoise: # for the training images
+    path,  # file with lines `path,label`; a bare name is looked for in the folder `prism` of the data root
+    data: RetrievalData,  # the data set that the list was made for, from files
+    on_mismatch: str = "stop",  # images without a line and lines without an image: "stop" or "skip" them
+) -> LabelNoise:  # for the training images
     "Read a list of noisy training labels as PRISM published them."
-    if on_mismatch not in ("stop", "skip"): raise unknown("on_mismatch", on_mismatch, ("stop", "skip"))
-    if data.train.paths is None: raise ValueError(f"{data.name} keeps its images in memory, so a list of files cannot name them: use symmetric_noise or small_cluster_noise.")
-    file = next((p for p in (Path(path).expanduser(), data_root()/"prism"/path) if p.is_file()), None)
-    if file is None: raise FileNotFoundError(f"noise list {path} does not exist, nor {data_root()/'prism'/path}: the lists are in the folder datalist of github.com/alibaba-edu/Ranking-based-Instance-Selection.")
+    if on_mismatch not in ("stop", "skip"):
+        raise unknown("on_mismatch", on_mismatch, ("stop", "skip"))
+    if data.train.paths is None:
+        raise ValueError(
+            f"{data.name} keeps its images in memory, so a list of files cannot name them: use symmetric_noise or small_cluster_noise."
+        )
+    file = next((p for p in (Path(path).expanduser(), data_root() / "prism" / path) if p.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"noise list {path} does not exist, nor {data_root() / 'prism' / path}: the lists are in the folder datalist of github.com/alibaba-edu/Ranking-based-Instance-Selection."
+        )
     label_of, keys = _read_lines(file), [f"{p.parent.name}/{p.name}" for p in map(Path, data.train.paths)]
     _refuse_mismatch(file.name, label_of, keys, data.name, on_mismatch)
     first = int(min(label_of.values()) > 0)
     given, true = torch.tensor([label_of.get(key, first - 1) - first for key in keys]), data.train.labels
-    noise = LabelNoise(file.stem, given, true, _meaning(given, true, len(data.train.classes), first == 1), len(set(label_of) - set(keys)))
-    if noise.rate > .9: raise ValueError(f"{noise}: the list's classes are not numbered like those of {data.name}.")
+    noise = LabelNoise(
+        file.stem,
+        given,
+        true,
+        _meaning(given, true, len(data.train.classes), first == 1),
+        len(set(label_of) - set(keys)),
+    )
+    if noise.rate > 0.9:
+        raise ValueError(f"{noise}: the list's classes are not numbered like those of {data.name}.")
     return noise
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #5cd22588
 def _refuse_mismatch(name, label_of, keys, dataset, on_mismatch):
     "Stop if list and data set do not name the same images, or have none in common."
     absent, extra = [key for key in keys if key not in label_of], sorted(set(label_of) - set(keys))
-    if not absent and not extra or on_mismatch == "skip" and len(absent) < len(keys): return
+    if not absent and not extra or on_mismatch == "skip" and len(absent) < len(keys):
+        return
     such = f"such as {(absent or extra)[0]!r}"
-    raise ValueError(f"{len(absent):,} of {len(keys):,} training images of {dataset} have no line in {name}, and {len(extra):,} of its {len(label_of):,} lines name no such image, {such}. "
-                     'Check that the list belongs to the data set, or leave them out with on_mismatch="skip".')
+    raise ValueError(
+        f"{len(absent):,} of {len(keys):,} training images of {dataset} have no line in {name}, and {len(extra):,} of its {len(label_of):,} lines name no such image, {such}. "
+        'Check that the list belongs to the data set, or leave them out with on_mismatch="skip".'
+    )
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #4724069d
 class NoisyImages(ImageSet):
     "Training images with given labels; the true ones are in `noise`, image by image."
-    def __init__(self,
-        images:ImageSet, # with true labels
-        noise:LabelNoise # for these images
+
+    def __init__(
+        self,
+        images: ImageSet,  # with true labels
+        noise: LabelNoise,  # for these images
     ):
         keep = noise.listed.nonzero()[:, 0]
-        classes = [images.classes[c] if c >= 0 else f"no class, label {label}" for label, c in enumerate(noise.stands_for.tolist())]
-        kept = dict(array=images.array[keep.numpy()]) if images.paths is None else dict(paths=[images.paths[i] for i in keep.tolist()])
+        classes = [
+            images.classes[c] if c >= 0 else f"no class, label {label}"
+            for label, c in enumerate(noise.stands_for.tolist())
+        ]
+        kept = (
+            dict(array=images.array[keep.numpy()])
+            if images.paths is None
+            else dict(paths=[images.paths[i] for i in keep.tolist()])
+        )
         super().__init__(f"{images.name} ({noise.name})", noise.given[keep], classes, **kept)
         self.transform = images.transform
-        self.noise = LabelNoise(noise.name, noise.given[keep], noise.true[keep], noise.stands_for, noise.lines_without_image)
+        self.noise = LabelNoise(
+            noise.name, noise.given[keep], noise.true[keep], noise.stands_for, noise.lines_without_image
+        )
 
-    def subset(self, class_ids, name:str):
-        raise ValueError(f"{self.name} has noisy labels, which must not decide a held-out part: take the holdout first, then add noise to its training part.")
+    def subset(self, class_ids, name: str):
+        raise ValueError(
+            f"{self.name} has noisy labels, which must not decide a held-out part: take the holdout first, then add noise to its training part."
+        )
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #06082c40
 def with_noise(
-    data:RetrievalData, # clean
-    noise:LabelNoise # for its training images
-) -> RetrievalData: # noisy training labels, the same test images and labels
+    data: RetrievalData,  # clean
+    noise: LabelNoise,  # for its training images
+) -> RetrievalData:  # noisy training labels, the same test images and labels
     "Train on given labels, test on true ones."
-    if not torch.equal(noise.true, data.train.labels): raise ValueError(f"the noise {noise.name!r} was made for {len(noise.true):,} other labels than the {len(data.train):,} of {data.train.name}: make it from data.train.labels.")
+    if not torch.equal(noise.true, data.train.labels):
+        raise ValueError(
+            f"the noise {noise.name!r} was made for {len(noise.true):,} other labels than the {len(data.train):,} of {data.train.name}: make it from data.train.labels."
+        )
     return RetrievalData(f"{data.name} ({noise.name})", NoisyImages(data.train, noise), data.test)

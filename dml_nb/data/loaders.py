@@ -25,98 +25,125 @@ from torchvision.transforms import v2
 @dataclass(frozen=True)
 class InputSpec:
     "The pixels that a network expects."
-    mean:tuple # one value a channel, in the network's range and channel order
-    std:tuple # as `mean`
-    scale:float=1. # top of the pixel range: 1 or 255
-    bgr:bool=False # blue first?
-    resize:int=256 # short side before the test crop, in pixels
-    crop:int=224 # side of the square that the network sees, in pixels
-    channels:int=3 # 1 for grey, 3 for colour
+
+    mean: tuple  # one value a channel, in the network's range and channel order
+    std: tuple  # as `mean`
+    scale: float = 1.0  # top of the pixel range: 1 or 255
+    bgr: bool = False  # blue first?
+    resize: int = 256  # short side before the test crop, in pixels
+    crop: int = 224  # side of the square that the network sees, in pixels
+    channels: int = 3  # 1 for grey, 3 for colour
 
     def __post_init__(self):
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels: give one of each a channel")
-        if self.crop > self.resize: raise ValueError(f"crop {self.crop} is larger than resize {self.resize}: the border would be padding")
+            raise ValueError(
+                f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels: give one of each a channel"
+            )
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}: the border would be padding")
 
 # %% ../../nbs/20_data/06_loaders.ipynb #d2a186e8
-IMAGENET = InputSpec(mean=(.485, .456, .406), std=(.229, .224, .225)) # torchvision's networks
-CAFFE = InputSpec(mean=(104., 117., 128.), std=(1., 1., 1.), scale=255., bgr=True) # BN-Inception
+IMAGENET = InputSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # torchvision's networks
+CAFFE = InputSpec(mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), scale=255.0, bgr=True)  # BN-Inception
 
 # %% ../../nbs/20_data/06_loaders.ipynb #b103d9a1
 @patch
-def normalise(self:InputSpec,
-    x:Tensor # (..., C, H, W) float, in the network's range and channel order
-) -> Tensor: # (..., C, H, W) float, with the mean taken off and divided by the std
+def normalise(
+    self: InputSpec,
+    x: Tensor,  # (..., C, H, W) float, in the network's range and channel order
+) -> Tensor:  # (..., C, H, W) float, with the mean taken off and divided by the std
     "Take off the mean and divide by the std, channel by channel."
     mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (self.mean, self.std))
     return (x - mean) / std
 
 # %% ../../nbs/20_data/06_loaders.ipynb #eb3e04e0
 @patch
-def to_input(self:InputSpec,
-    x:Tensor # (..., C, H, W) uint8, RGB or grey
-) -> Tensor: # (..., C, H, W) float32, as the network expects it
+def to_input(
+    self: InputSpec,
+    x: Tensor,  # (..., C, H, W) uint8, RGB or grey
+) -> Tensor:  # (..., C, H, W) float32, as the network expects it
     "From `uint8` pixels to network input: range, channel order, mean and std."
-    if x.dtype != torch.uint8: raise TypeError(f"to_input wants uint8 pixels, got {x.dtype}: use normalise for pixels already in range")
-    if x.shape[-3] != self.channels: raise ValueError(f"{x.shape[-3]} channels in the image, {self.channels} in the spec")
+    if x.dtype != torch.uint8:
+        raise TypeError(f"to_input wants uint8 pixels, got {x.dtype}: use normalise for pixels already in range")
+    if x.shape[-3] != self.channels:
+        raise ValueError(f"{x.shape[-3]} channels in the image, {self.channels} in the spec")
     return self.normalise((x.flip(-3) if self.bgr else x).float() * (self.scale / 255))
 
 # %% ../../nbs/20_data/06_loaders.ipynb #6e0060e7
 def image_transform(
-    spec:InputSpec, # what the network expects
-    train:bool=False, # random crop and flip?
-    train_crop:str="rrc", # "rrc": random rectangle of the full image; "resize": short side to `spec.resize`, random square
-    scale:tuple=(.08, 1.), # smallest and largest share of the area that "rrc" cuts out
-    flip:float=.5 # probability of a mirror image in training
-) -> v2.Compose: # PIL image -> (C, crop, crop) float32
+    spec: InputSpec,  # what the network expects
+    train: bool = False,  # random crop and flip?
+    train_crop: str = "rrc",  # "rrc": random rectangle of the full image; "resize": short side to `spec.resize`, random square
+    scale: tuple = (0.08, 1.0),  # smallest and largest share of the area that "rrc" cuts out
+    flip: float = 0.5,  # probability of a mirror image in training
+) -> v2.Compose:  # PIL image -> (C, crop, crop) float32
     "The way of one picture from PIL to network input."
-    crops = dict(rrc=lambda: [v2.RandomResizedCrop(spec.crop, scale)], resize=lambda: [v2.Resize(spec.resize), v2.RandomCrop(spec.crop)])
-    if train_crop not in crops: raise ValueError(f"train_crop {train_crop!r} is unknown: use 'rrc' or 'resize'")
-    steps = [*crops[train_crop](), v2.RandomHorizontalFlip(flip)] if train else [v2.Resize(spec.resize), v2.CenterCrop(spec.crop)]
+    crops = dict(
+        rrc=lambda: [v2.RandomResizedCrop(spec.crop, scale)],
+        resize=lambda: [v2.Resize(spec.resize), v2.RandomCrop(spec.crop)],
+    )
+    if train_crop not in crops:
+        raise ValueError(f"train_crop {train_crop!r} is unknown: use 'rrc' or 'resize'")
+    steps = (
+        [*crops[train_crop](), v2.RandomHorizontalFlip(flip)]
+        if train
+        else [v2.Resize(spec.resize), v2.CenterCrop(spec.crop)]
+    )
     return v2.Compose([v2.RGB() if spec.channels == 3 else v2.Grayscale(1), *steps, v2.PILToTensor(), spec.to_input])
 
 # %% ../../nbs/20_data/06_loaders.ipynb #8891ad91
 def mixed_seed(
-    *numbers:int # what the random numbers are for: seed, epoch, image, ... (each >= 0)
-) -> int: # one seed for all of them, 64 bits
+    *numbers: int,  # what the random numbers are for: seed, epoch, image, ... (each >= 0)
+) -> int:  # one seed for all of them, 64 bits
     "One seed from several numbers."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 # %% ../../nbs/20_data/06_loaders.ipynb #cc2246df
 class EpochSampler:
     "Batches of indices whose order is a function of `(seed, epoch)` only."
-    def __init__(self,
-        n:int, # number of images
-        batch_size:int, # images a batch
-        seed:int=0, # with the epoch, fixes the order
-        shuffle:bool=True, # False: 0, 1, 2, ...
-        drop_last:bool=True # leave out the last batch when it is short (and not the only one)
+
+    def __init__(
+        self,
+        n: int,  # number of images
+        batch_size: int,  # images a batch
+        seed: int = 0,  # with the epoch, fixes the order
+        shuffle: bool = True,  # False: 0, 1, 2, ...
+        drop_last: bool = True,  # leave out the last batch when it is short (and not the only one)
     ):
-        if n < 1 or batch_size < 1: raise ValueError(f"n and batch_size must be at least 1, got n={n}, batch_size={batch_size}")
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"n and batch_size must be at least 1, got n={n}, batch_size={batch_size}")
         self.n, self.batch_size, self.seed, self.shuffle, self.epoch = n, batch_size, seed, shuffle, 0
         self.batches = max(1, n // batch_size) if drop_last else -(-n // batch_size)
 
-    def set_epoch(self, epoch:int): self.epoch = epoch # 0-based
-    def __len__(self): return self.batches
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch  # 0-based
+
+    def __len__(self):
+        return self.batches
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
-        for batch in order.split(self.batch_size)[:self.batches]: yield batch.tolist()
+        for batch in order.split(self.batch_size)[: self.batches]:
+            yield batch.tolist()
 
 # %% ../../nbs/20_data/06_loaders.ipynb #8d69544f
 class TensorSet(Dataset):
     "A data set in memory, indexed by a list of indices."
-    def __init__(self,
-        x:Tensor, # (N, ...) images or features
-        labels=None, # (N,) integers, or None for unlabelled
-        transform=None # function of a batch (B, ...) -> (B, ...), or None
+
+    def __init__(
+        self,
+        x: Tensor,  # (N, ...) images or features
+        labels=None,  # (N,) integers, or None for unlabelled
+        transform=None,  # function of a batch (B, ...) -> (B, ...), or None
     ):
-        if labels is not None and len(labels) != len(x): raise ValueError(f"{len(x)} items but {len(labels)} labels: give one label an item")
+        if labels is not None and len(labels) != len(x):
+            raise ValueError(f"{len(x)} items but {len(labels)} labels: give one label an item")
         self.x, self.transform = x, transform
         self.labels = None if labels is None else torch.as_tensor(labels).long()
 
-    def __len__(self): return len(self.x)
+    def __len__(self):
+        return len(self.x)
 
     def __getitem__(self, indices):
         x = self.x[indices]
@@ -125,77 +152,99 @@ class TensorSet(Dataset):
 
 # %% ../../nbs/20_data/06_loaders.ipynb #18c68f30
 def random_shift(
-    x:Tensor, # (B, C, H, W) images, any dtype
-    max_shift:int=2, # furthest shift, in pixels, each way
-    fill:float=0 # value of the background
-) -> Tensor: # (B, C, H, W)
+    x: Tensor,  # (B, C, H, W) images, any dtype
+    max_shift: int = 2,  # furthest shift, in pixels, each way
+    fill: float = 0,  # value of the background
+) -> Tensor:  # (B, C, H, W)
     "Shift each image by its own random number of pixels (torch's global generator)."
     (B, _, H, W), m = x.shape, max_shift
     row, col = torch.randint(2 * m + 1, (2, B, 1)).to(x.device)
-    row, col = row + torch.arange(H, device=x.device), col + torch.arange(W, device=x.device) # (B, H), (B, W)
+    row, col = row + torch.arange(H, device=x.device), col + torch.arange(W, device=x.device)  # (B, H), (B, W)
     padded = F.pad(x, (m, m, m, m), value=fill)
     return padded[torch.arange(B, device=x.device)[:, None, None], :, row[:, :, None], col[:, None]].permute(0, 3, 1, 2)
 
 # %% ../../nbs/20_data/06_loaders.ipynb #3de060e4
 class SeededBatches(Dataset):
     "A data set indexed by batches, with random numbers from `(seed, epoch, item)`."
-    def __init__(self,
-        dataset, # `TensorSet`, or a data set of `(image, label)` items
-        seed:int=0 # with epoch and item, fixes the augmentation
-    ): self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    def __init__(
+        self,
+        dataset,  # `TensorSet`, or a data set of `(image, label)` items
+        seed: int = 0,  # with epoch and item, fixes the augmentation
+    ):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
 
     def __getitem__(self, indices):
         with torch.random.fork_rng(devices=[]):
-            if isinstance(self.dataset, TensorSet): return self._item(indices, indices[0])
+            if isinstance(self.dataset, TensorSet):
+                return self._item(indices, indices[0])
             x, y = zip(*(self._item(i, i) for i in indices))
-        if not isinstance(x[0], Tensor): raise TypeError(f"the data set gives {type(x[0]).__name__} items: give it a transform, with_transform(image_transform(spec))")
+        if not isinstance(x[0], Tensor):
+            raise TypeError(
+                f"the data set gives {type(x[0]).__name__} items: give it a transform, with_transform(image_transform(spec))"
+            )
         return torch.stack(x), torch.tensor(y)
 
     def _item(self, index, number):
-        torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, number)) # not torch.manual_seed: that reseeds CUDA
+        torch.default_generator.manual_seed(
+            mixed_seed(self.seed, self.epoch, number)
+        )  # not torch.manual_seed: that reseeds CUDA
         return self.dataset[index]
 
 # %% ../../nbs/20_data/06_loaders.ipynb #7d06c531
 def _outlive_nobody(_):
     def watch():
-        while os.getppid() == parent_process().pid: sleep(1)
+        while os.getppid() == parent_process().pid:
+            sleep(1)
         os._exit(1)
+
     Thread(target=watch, daemon=True).start()
 
+
 def _loader(batches, sampler, workers, **kwargs):
-    return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=workers, generator=torch.Generator(),
-                      pin_memory=torch.cuda.is_available(), worker_init_fn=_outlive_nobody, **kwargs)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_nobody,
+        **kwargs,
+    )
 
 # %% ../../nbs/20_data/06_loaders.ipynb #ea0ddd71
 def train_loader(
-    dataset, # `TensorSet`, or a data set of `(image, label)` items such as `ImageSet`
-    batch_size:int, # images a batch
-    seed:int=0, # with the epoch, fixes order and augmentation
-    workers:int=0, # processes that read and augment; 0: this one
-    sampler=None # batches of indices, with `set_epoch`; None: `EpochSampler`
-) -> DataLoader: # of (x (B, C, H, W), y (B,) int64)
+    dataset,  # `TensorSet`, or a data set of `(image, label)` items such as `ImageSet`
+    batch_size: int,  # images a batch
+    seed: int = 0,  # with the epoch, fixes order and augmentation
+    workers: int = 0,  # processes that read and augment; 0: this one
+    sampler=None,  # batches of indices, with `set_epoch`; None: `EpochSampler`
+) -> DataLoader:  # of (x (B, C, H, W), y (B,) int64)
     "Shuffled full batches; call `set_epoch` before each epoch."
     sampler = sampler or EpochSampler(len(dataset), batch_size, seed)
     return _loader(SeededBatches(dataset, seed), sampler, workers)
 
 # %% ../../nbs/20_data/06_loaders.ipynb #aaf4938d
 def set_epoch(
-    loader:DataLoader, # from `train_loader`
-    epoch:int # 0-based
+    loader: DataLoader,  # from `train_loader`
+    epoch: int,  # 0-based
 ):
     "Tell order and augmentation which epoch comes next."
     loader.sampler.set_epoch(epoch)
     loader.dataset.epoch = epoch
 
 # %% ../../nbs/20_data/06_loaders.ipynb #11b440fc
-def _only_x(batch): return batch[:1]
+def _only_x(batch):
+    return batch[:1]
+
 
 def eval_loader(
-    dataset, # as in `train_loader`
-    batch_size:int=256, # images a batch
-    workers:int=0, # as in `train_loader`
-    sampler=None # batches of indices, such as the share of one of several processes; None: all in order
-) -> DataLoader: # of (x (B, C, H, W),)
+    dataset,  # as in `train_loader`
+    batch_size: int = 256,  # images a batch
+    workers: int = 0,  # as in `train_loader`
+    sampler=None,  # batches of indices, such as the share of one of several processes; None: all in order
+) -> DataLoader:  # of (x (B, C, H, W),)
     "All images in order, nothing dropped, no labels."
     sampler = sampler or EpochSampler(len(dataset), batch_size, shuffle=False, drop_last=False)
     return _loader(SeededBatches(dataset), sampler, workers, collate_fn=_only_x)

@@ -16,29 +16,45 @@ from .loaders import mixed_seed
 # %% ../../nbs/20_data/07_samplers.ipynb #c9888021
 class ClassSampler:
     "Batches of `batch_size / per_class` classes with `per_class` images each; the order is a function of `(seed, epoch)` only."
-    def __init__(self,
-                 labels, # (N,) class ids
-                 batch_size: int, # B, images a batch
-                 per_class: int, # k, images of each class in a batch
-                 seed: int = 0, # with the epoch, fixes the order
-                ):
+
+    def __init__(
+        self,
+        labels,  # (N,) class ids
+        batch_size: int,  # B, images a batch
+        per_class: int,  # k, images of each class in a batch
+        seed: int = 0,  # with the epoch, fixes the order
+    ):
         self.labels = torch.as_tensor(labels).long()
-        if per_class < 2: raise ValueError(f"per_class must be at least 2, got {per_class}: with one image a class there are no positives. Use random batches (per_class=None).")
-        if batch_size % per_class: raise ValueError(f"batch_size {batch_size} is not a multiple of per_class {per_class}: try batch_size={batch_size // per_class * per_class or per_class}.")
+        if per_class < 2:
+            raise ValueError(
+                f"per_class must be at least 2, got {per_class}: with one image a class there are no positives. Use random batches (per_class=None)."
+            )
+        if batch_size % per_class:
+            raise ValueError(
+                f"batch_size {batch_size} is not a multiple of per_class {per_class}: try batch_size={batch_size // per_class * per_class or per_class}."
+            )
         self.classes_per_batch, self.per_class, self.seed, self.epoch = batch_size // per_class, per_class, seed, 0
         classes = len(self.labels.unique())
-        if classes < self.classes_per_batch: raise ValueError(f"a batch needs {self.classes_per_batch} classes but there are {classes}: use batch_size={classes*per_class} or less, or a larger per_class.")
+        if classes < self.classes_per_batch:
+            raise ValueError(
+                f"a batch needs {self.classes_per_batch} classes but there are {classes}: use batch_size={classes * per_class} or less, or a larger per_class."
+            )
         self.batches = max(1, len(self.labels) // batch_size)
 
-    def set_epoch(self, epoch: int): self.epoch = epoch # 0-based
-    def __len__(self): return self.batches
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch  # 0-based
+
+    def __len__(self):
+        return self.batches
 
 # %% ../../nbs/20_data/07_samplers.ipynb #30590eb4
 from fastcore.basics import patch
 
 # %% ../../nbs/20_data/07_samplers.ipynb #9447f120
 @patch
-def _chunks(self: ClassSampler, generator: torch.Generator) -> dict[int, list[Tensor]]: # class -> chunks of `per_class` indices
+def _chunks(
+    self: ClassSampler, generator: torch.Generator
+) -> dict[int, list[Tensor]]:  # class -> chunks of `per_class` indices
     "Shuffle every class, fill up its last chunk, cut."
     order = torch.randperm(len(self.labels), generator=generator)
     order = order[self.labels[order].argsort(stable=True)]
@@ -52,13 +68,14 @@ def _chunks(self: ClassSampler, generator: torch.Generator) -> dict[int, list[Te
 
 # %% ../../nbs/20_data/07_samplers.ipynb #6bca5e5e
 @patch
-def __iter__(self: ClassSampler) -> Iterator[list[int]]: # indices of one batch
+def __iter__(self: ClassSampler) -> Iterator[list[int]]:  # indices of one batch
     "Batches of this epoch."
     generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
     chunks = {}
     for _ in range(self.batches):
-        if len(chunks) < self.classes_per_batch: chunks = self._chunks(generator)
+        if len(chunks) < self.classes_per_batch:
+            chunks = self._chunks(generator)
         left = list(chunks)
-        chosen = [left[i] for i in torch.randperm(len(left), generator=generator)[:self.classes_per_batch]]
+        chosen = [left[i] for i in torch.randperm(len(left), generator=generator)[: self.classes_per_batch]]
         yield torch.cat([chunks[c].pop() for c in chosen]).tolist()
         chunks = {c: some for c, some in chunks.items() if some}

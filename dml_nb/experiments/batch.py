@@ -20,168 +20,244 @@ from filelock import FileLock, Timeout
 
 from .cost import cost
 from .notebook_job import Job, RunFailed, disk_full, run_job
-from .run_store import Damaged, find_same, identity, read_result, run_folder, share, stale_runs, why_stale
-from .tables import Row, missing
-from .run import load_data
 from .recipes import check_keys, settings_for
+from .run import load_data
+from dml_nb.experiments.run_store import (
+    Damaged,
+    find_same,
+    identity,
+    read_result,
+    run_folder,
+    share,
+    stale_runs,
+    why_stale,
+)
+from .tables import Row, missing
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #254981a3
 def _checksum(settings: dict) -> str:
     "Of the data of a run; data that are not there name the command that checks them."
-    try: return load_data(settings).checksum
-    except FileNotFoundError as e: raise FileNotFoundError(f"{e}. `dml_nb data {settings['dataset']}` checks what is there.") from e
+    try:
+        return load_data(settings).checksum
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}. `dml_nb data {settings['dataset']}` checks what is there.") from e
 
-def plan(rows: list[Row], # what to run
-         seeds: list[int], # each row with each seed
-         dataset: str | None = None, # instead of each row's own
-         backbone: str | None = None, # instead of each row's own
-         regime: str = "finetune", # or "frozen"
-         **overrides, # any setting or parameter of the loss
-        ) -> list[Job]: # in the order of the rows
+
+def plan(
+    rows: list[Row],  # what to run
+    seeds: list[int],  # each row with each seed
+    dataset: str | None = None,  # instead of each row's own
+    backbone: str | None = None,  # instead of each row's own
+    regime: str = "finetune",  # or "frozen"
+    **overrides,  # any setting or parameter of the loss
+) -> list[Job]:  # in the order of the rows
     "Check everything that can be checked before a kernel starts, and group rows that ask for the same."
     check_keys(rows, overrides, regime)
     jobs, data = {}, {}
     for row in rows:
         settings = settings_for(row, dataset, backbone, regime, **overrides)
         asked = dict(dataset=settings["dataset"] if dataset else None, backbone=backbone, regime=regime) | overrides
-        kind = json.dumps([settings[k] for k in ("dataset", "holdout")] + [settings.get(k) for k in ("noise", "on_corrupt")])
-        if kind not in data: data[kind] = _checksum(settings)
-        for seed in seeds: jobs.setdefault(identity(settings, seed), []).append((row, settings, seed, asked, data[kind]))
+        kind = json.dumps(
+            [settings[k] for k in ("dataset", "holdout")] + [settings.get(k) for k in ("noise", "on_corrupt")]
+        )
+        if kind not in data:
+            data[kind] = _checksum(settings)
+        for seed in seeds:
+            jobs.setdefault(identity(settings, seed), []).append((row, settings, seed, asked, data[kind]))
     return [Job(tuple(dict.fromkeys(row for row, *_ in same)), *same[0][1:]) for same in jobs.values()]
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #86136113
-def _say(text: str): print(text, end=" ", flush=True)
+def _say(text: str):
+    print(text, end=" ", flush=True)
+
 
 def _aside(folder: Path, why: str, say: Callable[[str], object]):
     "Let a result no longer count, and say why."
     say(f"{why} Set aside as {folder.name}/result.stale.json; the row is run again.")
-    os.replace(folder/"result.json", folder/"result.stale.json")
+    os.replace(folder / "result.json", folder / "result.stale.json")
+
 
 def _origin(folder: Path, result: dict, out: Path) -> Path:
     "Where a shared result was computed, unless that one was lost since."
-    origin = out/result.get("shared_with", folder)
-    try: read_result(origin/"result.json")
-    except ValueError: return folder
-    return origin if (origin/"history.csv").is_file() else folder
+    origin = out / result.get("shared_with", folder)
+    try:
+        read_result(origin / "result.json")
+    except ValueError:
+        return folder
+    return origin if (origin / "history.csv").is_file() else folder
 
-def _finished(job: Job, out: Path, say=_say) -> Path | None: # folder of the computation, under whichever row
+
+def _finished(job: Job, out: Path, say=_say) -> Path | None:  # folder of the computation, under whichever row
     "A result of this job that still counts; those that do not are set aside."
     good = []
     for row in job.rows:
         folder = run_folder(out, row, job.settings, job.seed)
-        if not (folder/"result.json").exists(): continue
-        try: result = read_result(folder/"result.json")
-        except Damaged as e: _aside(folder, str(e), say)
+        if not (folder / "result.json").exists():
+            continue
+        try:
+            result = read_result(folder / "result.json")
+        except Damaged as e:
+            _aside(folder, str(e), say)
         else:
-            if why := why_stale(result, job.checksum): _aside(folder, f"the result of {row.id}, seed {job.seed}, does not count any more: {why}.", say)
-            else: good.append(_origin(folder, result, out))
-    whole = (folder for folder in good if (folder/"history.csv").is_file()) # without its history a run still counts, but cannot be shared
+            if why := why_stale(result, job.checksum):
+                _aside(folder, f"the result of {row.id}, seed {job.seed}, does not count any more: {why}.", say)
+            else:
+                good.append(_origin(folder, result, out))
+    whole = (
+        folder for folder in good if (folder / "history.csv").is_file()
+    )  # without its history a run still counts, but cannot be shared
     return next(whole, None) or find_same(out, job.settings, job.seed, job.checksum)
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #19367250
 @dataclass(frozen=True)
 class Outcome:
     "A row that is done."
-    row: Row
-    folder: Path # with `result.json`
-    how: str # "run", "done before" or "shared"
 
-def execute(job: Job, # from `plan`
-            out: str | Path = "runs", # top folder of results
-            retries: int = 1, # how often a killed kernel is started again
-            say: Callable[[str], object] = _say, # tells what happens meanwhile
-           ) -> list[Outcome]: # one for each row of the job
+    row: Row
+    folder: Path  # with `result.json`
+    how: str  # "run", "done before" or "shared"
+
+
+def execute(
+    job: Job,  # from `plan`
+    out: str | Path = "runs",  # top folder of results
+    retries: int = 1,  # how often a killed kernel is started again
+    say: Callable[[str], object] = _say,  # tells what happens meanwhile
+) -> list[Outcome]:  # one for each row of the job
     "Run a job unless its result exists, and record it for all its rows."
     out = Path(out).resolve()
     with _alone(out, job, say):
         done = _finished(job, out, say)
         folders = {row: run_folder(out, row, job.settings, job.seed) for row in job.rows}
-        before = {row for row, folder in folders.items() if (folder/"result.json").exists()}
+        before = {row for row, folder in folders.items() if (folder / "result.json").exists()}
         todo = tuple(row for row in job.rows if row not in before)
         source = done or (run_job(replace(job, rows=todo), out, retries) if todo else None)
         for row, folder in folders.items():
-            if not (folder/"result.json").exists(): share(source, row, out)
-        return [Outcome(row, folder, "done before" if row in before else "run" if folder == source else "shared") for row, folder in folders.items()]
+            if not (folder / "result.json").exists():
+                share(source, row, out)
+        return [
+            Outcome(row, folder, "done before" if row in before else "run" if folder == source else "shared")
+            for row, folder in folders.items()
+        ]
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #03b92ada
 @contextmanager
 def _alone(out: Path, job: Job, say: Callable[[str], object]):
     "Hold the lock that only one process in all batches on this folder can hold."
-    file = out/".locks"/f"{identity(job.settings, job.seed)}.lock"
+    file = out / ".locks" / f"{identity(job.settings, job.seed)}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file)
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         say("waiting for another batch that runs just this ...")
         lock.acquire()
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #28d4c67d
-def attempt(job: Job, # from `plan`
-            out: Path, # top folder of results
-            retries: int = 1, # how often a killed kernel is started again
-            say: Callable[[str], object] = _say, # tells what happens meanwhile
-           ) -> list[Outcome] | RunFailed: # one for each row of the job, or why there is none
+def attempt(
+    job: Job,  # from `plan`
+    out: Path,  # top folder of results
+    retries: int = 1,  # how often a killed kernel is started again
+    say: Callable[[str], object] = _say,  # tells what happens meanwhile
+) -> list[Outcome] | RunFailed:  # one for each row of the job, or why there is none
     "`execute`, with a failure as a value: the other rows go on. Only a full disk is raised, for it stops them all."
-    try: return execute(job, out, retries, say)
-    except RunFailed as e: return e
-    except ValueError as e: return RunFailed(f"{job.rows[0].id}, seed {job.seed}: {e}") # such as a result of a newer version
-    except OSError as e: # such as a file that is gone, or a folder that cannot be written
-        if e.errno in (errno.ENOSPC, errno.EDQUOT) or disk_full(out): raise
+    try:
+        return execute(job, out, retries, say)
+    except RunFailed as e:
+        return e
+    except ValueError as e:
+        return RunFailed(f"{job.rows[0].id}, seed {job.seed}: {e}")  # such as a result of a newer version
+    except OSError as e:  # such as a file that is gone, or a folder that cannot be written
+        if e.errno in (errno.ENOSPC, errno.EDQUOT) or disk_full(out):
+            raise
         return RunFailed(f"{job.rows[0].id}, seed {job.seed}: {e}. Put that right, and the same command goes on.")
 
-def _one_by_one(jobs: list[Job], out: Path, retries: int) -> Iterator[tuple[int, object]]: # (job, where it started, its outcomes or failure)
+
+def _one_by_one(
+    jobs: list[Job], out: Path, retries: int
+) -> Iterator[tuple[int, object]]:  # (job, where it started, its outcomes or failure)
     for i, job in enumerate(jobs):
         yield i, ""
         yield i, attempt(job, out, retries)
 
+
 def _line(outcome: Outcome) -> str:
-    result = read_result(outcome.folder/"result.json")
+    result = read_result(outcome.folder / "result.json")
     first = f"R@{result['settings']['recall_at'][0]}"
-    end = dict(run=f"{result['seconds']['notebook']:.0f} s", shared=f"shared with {result.get('shared_with')}").get(outcome.how, outcome.how)
-    return f"{first} best {100*result['best'][first]:.1f} last {100*result['last'][first]:.1f}, MAP@R {100*result['best']['MAP@R']:.1f}, {end}"
+    end = dict(run=f"{result['seconds']['notebook']:.0f} s", shared=f"shared with {result.get('shared_with')}").get(
+        outcome.how, outcome.how
+    )
+    return f"{first} best {100 * result['best'][first]:.1f} last {100 * result['last'][first]:.1f}, MAP@R {100 * result['best']['MAP@R']:.1f}, {end}"
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #3ba986d1
-def _follow(jobs: list[Job], events: Iterator[tuple[int, object]], inline: bool) -> tuple[list[Outcome], list[RunFailed]]:
+def _follow(
+    jobs: list[Job], events: Iterator[tuple[int, object]], inline: bool
+) -> tuple[list[Outcome], list[RunFailed]]:
     "Print what happens as it happens."
     done, failed = [], []
     with closing(events):
         for i, what in events:
             head = f"[{i + 1}/{len(jobs)}] {jobs[i]}"
             again = "" if inline else f"{head}: "
-            if isinstance(what, str): print(f"{head} ... {what}", end="" if inline else "\n", flush=True)
-            elif isinstance(what, RunFailed): print(f"{again}FAILED: {what}", flush=True)
-            else: print(f"{again}{_line(what[0])}", *(f"    {other.row.id}: the same run, {other.how}" for other in what[1:]), sep="\n", flush=True)
-            if isinstance(what, RunFailed): failed.append(what)
-            elif isinstance(what, list): done += what
+            if isinstance(what, str):
+                print(f"{head} ... {what}", end="" if inline else "\n", flush=True)
+            elif isinstance(what, RunFailed):
+                print(f"{again}FAILED: {what}", flush=True)
+            else:
+                print(
+                    f"{again}{_line(what[0])}",
+                    *(f"    {other.row.id}: the same run, {other.how}" for other in what[1:]),
+                    sep="\n",
+                    flush=True,
+                )
+            if isinstance(what, RunFailed):
+                failed.append(what)
+            elif isinstance(what, list):
+                done += what
     return done, failed
 
 # %% ../../nbs/70_experiments/09_batch.ipynb #cd14e52e
-def execute_all(rows: list[Row], # what to run
-                seeds: list[int], # each row with each seed
-                out: str | Path = "runs", # top folder of results
-                dataset: str | None = None, # instead of each row's own
-                backbone: str | None = None, # instead of each row's own
-                regime: str = "finetune", # or "frozen"
-                cluster=None, # a `Cluster` of *Cluster*; None: one after the other in this process
-                retries: int = 1, # how often a run whose process was killed is tried again
-                measure: bool = False, # measure the cost where no earlier run tells it
-                **overrides, # any setting or parameter of the loss
-               ) -> tuple[list[Path], list[RunFailed]]: # folders of finished runs, failures
+def execute_all(
+    rows: list[Row],  # what to run
+    seeds: list[int],  # each row with each seed
+    out: str | Path = "runs",  # top folder of results
+    dataset: str | None = None,  # instead of each row's own
+    backbone: str | None = None,  # instead of each row's own
+    regime: str = "finetune",  # or "frozen"
+    cluster=None,  # a `Cluster` of *Cluster*; None: one after the other in this process
+    retries: int = 1,  # how often a run whose process was killed is tried again
+    measure: bool = False,  # measure the cost where no earlier run tells it
+    **overrides,  # any setting or parameter of the loss
+) -> tuple[list[Path], list[RunFailed]]:  # folders of finished runs, failures
     "Run rows with seeds."
     started, out = perf_counter(), Path(out)
-    able = [row for row in rows if missing(row, dataset, backbone) is None] or rows[:1] # a lone row says itself what it lacks
+    able = [row for row in rows if missing(row, dataset, backbone) is None] or rows[
+        :1
+    ]  # a lone row says itself what it lacks
     for row in rows:
-        if row not in able: print(f"left out: {row.id}: {missing(row, dataset, backbone)}")
+        if row not in able:
+            print(f"left out: {row.id}: {missing(row, dataset, backbone)}")
     jobs = plan(able, seeds, dataset, backbone, regime, **overrides)
     for job, row in ((job, row) for job in jobs for row in job.rows):
-        for text in stale_runs(out, row, job.settings, job.seed, job.asked): print(f"stale: {text}")
+        for text in stale_runs(out, row, job.settings, job.seed, job.asked):
+            print(f"stale: {text}")
     print(cost(jobs, out, measure), flush=True)
-    try: done, failed = _follow(jobs, cluster.run(jobs, out, retries) if cluster else _one_by_one(jobs, out, retries), inline=cluster is None)
+    try:
+        done, failed = _follow(
+            jobs,
+            cluster.run(jobs, out, retries) if cluster else _one_by_one(jobs, out, retries),
+            inline=cluster is None,
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command resumes it", flush=True)
         raise
     how = Counter(outcome.how for outcome in done)
-    print(f"{len(done)} done, {len(failed)} failed: {how['run']} run now, {how['done before']} done before, {how['shared']} shared, in {perf_counter() - started:.0f} s", flush=True)
+    print(
+        f"{len(done)} done, {len(failed)} failed: {how['run']} run now, {how['done before']} done before, {how['shared']} shared, in {perf_counter() - started:.0f} s",
+        flush=True,
+    )
     return [outcome.folder for outcome in done], failed

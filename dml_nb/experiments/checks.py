@@ -6,40 +6,52 @@
 __all__ = ['WHOLE', 'NUMBERS', 'OPEN', 'WORDS', 'noise_rate', 'check_types', 'check_settings']
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #9a1dee27
+from ..core.similarity import unknown
 from ..losses import base as core
 from ..models.embedder import POOLS
-from ..core.similarity import unknown
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #e1f21188
-WHOLE = dict(epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, holdout=0) # setting -> smallest
-NUMBERS = dict(lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0) # setting -> smallest
-OPEN = ("per_class", "holdout", "head_lr", "clip_value", "noise") # may be None
-WORDS = dict(schedule=("step", "cosine", "constant"), pool=tuple(POOLS), train_crop=("rrc", "resize"), on_corrupt=("stop", "skip"))
+WHOLE = dict(epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, holdout=0)  # setting -> smallest
+NUMBERS = dict(lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0)  # setting -> smallest
+OPEN = ("per_class", "holdout", "head_lr", "clip_value", "noise")  # may be None
+WORDS = dict(
+    schedule=("step", "cosine", "constant"),
+    pool=tuple(POOLS),
+    train_crop=("rrc", "resize"),
+    on_corrupt=("stop", "skip"),
+)
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #872baae1
-def noise_rate(noise: str # "20%"
-              ) -> float: # 0.2
+def noise_rate(
+    noise: str,  # "20%"
+) -> float:  # 0.2
     "The share of wrong labels that a row asks for."
-    try: rate = float(str(noise).removesuffix("%")) / 100
-    except ValueError: rate = -1
+    try:
+        rate = float(str(noise).removesuffix("%")) / 100
+    except ValueError:
+        rate = -1
     if not 0 < rate < 1 or not str(noise).endswith("%"):
         raise ValueError(f"noise must be a percentage such as '20%', got {noise!r}: --set noise=20%.")
     return rate
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #9bfe0ed1
-def check_types(settings: dict # training settings
-               ):
+def check_types(
+    settings: dict,  # training settings
+):
     "Raise `ValueError` for a setting of the wrong kind."
     given = {key: value for key, value in settings.items() if value is not None or key not in OPEN}
     core.check_whole(**{key: (given[key], least) for key, least in WHOLE.items() if key in given})
     core.check_at_least(**{key: (given[key], least) for key, least in NUMBERS.items() if key in given})
     for key, options in WORDS.items():
-        if key in given and given[key] not in options: raise unknown(key, given[key], options)
+        if key in given and given[key] not in options:
+            raise unknown(key, given[key], options)
     for key in ("frozen_bn", "layer_norm"):
-        if not isinstance(given.get(key, True), bool): raise ValueError(f"{key} must be true or false, got {given[key]!r}: --set {key}=true.")
-    if "noise" in given: noise_rate(given["noise"])
+        if not isinstance(given.get(key, True), bool):
+            raise ValueError(f"{key} must be true or false, got {given[key]!r}: --set {key}=true.")
+    if "noise" in given:
+        noise_rate(given["noise"])
     _check_list("recall_at", given.get("recall_at", [1]), "[1,2,4,8]")
-    steps = given.get("step_epochs", 1) # a distance, or the epochs of all drops
+    steps = given.get("step_epochs", 1)  # a distance, or the epochs of all drops
     _check_list("step_epochs", steps if isinstance(steps, (list, tuple)) else [steps], "10")
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #70ed4d14
@@ -47,13 +59,15 @@ def _check_list(name: str, values, example: str):
     "One or more whole numbers."
     if not isinstance(values, (list, tuple)) or not values:
         raise ValueError(f"{name} must be a list of whole numbers, got {values!r}: --set {name}={example}.")
-    for value in values: core.check_whole(**{name: (value, 1)})
+    for value in values:
+        core.check_whole(**{name: (value, 1)})
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #3f877485
-def check_settings(settings: dict, # training settings
-                   params: dict, # parameters of the loss
-                   size: tuple[int, int | None], # classes and images of the training set; images None: not known here
-                  ):
+def check_settings(
+    settings: dict,  # training settings
+    params: dict,  # parameters of the loss
+    size: tuple[int, int | None],  # classes and images of the training set; images None: not known here
+):
     "Raise `ValueError` for values that would fail only after a kernel has started."
     check_types(settings)
     if settings.get("noise") and settings["holdout"] is not None:
@@ -66,9 +80,12 @@ def check_settings(settings: dict, # training settings
     _check_start(settings["epochs"], size[1] and max(1, size[1] // batch), params)
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #a2ffb6fe
-def _check_start(epochs: int, steps: int | None, params: dict): # steps of an epoch, if known
+def _check_start(epochs: int, steps: int | None, params: dict):  # steps of an epoch, if known
     "A method must begin before its run ends."
     remedy = "choose a smaller one or train longer."
-    if (start := params.get("start_epoch", 0)) >= epochs: raise ValueError(f"start_epoch {start} is never reached in {epochs} epochs: {remedy}")
+    if (start := params.get("start_epoch", 0)) >= epochs:
+        raise ValueError(f"start_epoch {start} is never reached in {epochs} epochs: {remedy}")
     if steps and (start := params.get("start_iteration", 0)) >= steps * epochs:
-        raise ValueError(f"start_iteration {start} is never reached in {steps * epochs} steps ({epochs} epochs): {remedy}")
+        raise ValueError(
+            f"start_iteration {start} is never reached in {steps * epochs} steps ({epochs} epochs): {remedy}"
+        )

@@ -14,82 +14,125 @@ from .results import RUN, interval, plus_minus, runs_frame
 from .tables import row_of
 
 # %% ../../nbs/70_experiments/12_compare.ipynb #19ad0902
-def changed(id: str, # of a row
-            noise: str, # of the run
-            variant: str, # of the run
-           ) -> str: # "lr=0.001, noise=10%"; noise is named only where the row does not ask for it
+def changed(
+    id: str,  # of a row
+    noise: str,  # of the run
+    variant: str,  # of the run
+) -> str:  # "lr=0.001, noise=10%"; noise is named only where the row does not ask for it
     "What was changed against a row, noise included."
     return ", ".join(part for part in (variant, "" if noise == row_of(id).noise else f"noise={noise}") if part)
+
 
 def _line(group: pd.DataFrame) -> dict:
     "Mean, interval and claim of one metric of one experiment."
     first, (mean, half) = group.iloc[0], interval(group.value)
     compared = first.own and first.claimed not in ("", "-")
-    return dict(changed=changed(first.row, first.noise, first.variant), own_setting=first.own, training=first.training, n=len(group), mean=mean,
-                half=half, claimed=first.claimed, difference=mean - float(first.claimed) if compared else np.nan,
-                seeds=" ".join(map(str, sorted(group.seed))), version=first.version, commits=" ".join(sorted(set(group.commit))))
+    return dict(
+        changed=changed(first.row, first.noise, first.variant),
+        own_setting=first.own,
+        training=first.training,
+        n=len(group),
+        mean=mean,
+        half=half,
+        claimed=first.claimed,
+        difference=mean - float(first.claimed) if compared else np.nan,
+        seeds=" ".join(map(str, sorted(group.seed))),
+        version=first.version,
+        commits=" ".join(sorted(set(group.commit))),
+    )
 
 # %% ../../nbs/70_experiments/12_compare.ipynb #7cde5f6d
-def numbers(results: list[dict], # from `load_results`
-           ) -> pd.DataFrame: # a line for each row, setting, epoch and metric: claimed, n, mean, half, difference, rank, claimed_rank
+def numbers(
+    results: list[dict],  # from `load_results`
+) -> (
+    pd.DataFrame
+):  # a line for each row, setting, epoch and metric: claimed, n, mean, half, difference, rank, claimed_rank
     "Mean and interval over seeds of every metric, as numbers."
     keys = [*RUN, "epoch", "metric"]
-    table = pd.DataFrame([dict(zip(keys, key)) | _line(group) for key, group in runs_frame(results).groupby(keys, sort=False)])
+    table = pd.DataFrame(
+        [dict(zip(keys, key)) | _line(group) for key, group in runs_frame(results).groupby(keys, sort=False)]
+    )
     ranked = table[(table.changed == "") & ~table.metric.str.startswith("deviation")]
-    ranked = ranked.assign(said=pd.to_numeric(ranked.claimed, errors="coerce")).groupby(["section", "where", "epoch", "metric"])
-    for name, column in (("rank", "mean"), ("claimed_rank", "said")): table[name] = ranked[column].rank(ascending=False, method="min")
+    ranked = ranked.assign(said=pd.to_numeric(ranked.claimed, errors="coerce")).groupby(
+        ["section", "where", "epoch", "metric"]
+    )
+    for name, column in (("rank", "mean"), ("claimed_rank", "said")):
+        table[name] = ranked[column].rank(ascending=False, method="min")
     return table
 
 # %% ../../nbs/70_experiments/12_compare.ipynb #66dd6143
 def _summary(cells: pd.DataFrame, metric: str, on: bool) -> dict:
     "Best, last, claim and difference of one metric; the claim only `on` the data that it is about."
-    if ("best", metric) not in cells.index: return {}
+    if ("best", metric) not in cells.index:
+        return {}
     best, last = cells.loc[("best", metric)], cells.loc[("last", metric)]
-    return {f"{metric} best": plus_minus(best["mean"], best.half), f"{metric} last": plus_minus(last["mean"], last.half),
-            f"{metric} claimed by the paper": best.claimed if on else "",
-            f"{metric} difference": "other setting" if np.isnan(best.difference) else f"{best.difference:+.1f}"}
+    return {
+        f"{metric} best": plus_minus(best["mean"], best.half),
+        f"{metric} last": plus_minus(last["mean"], last.half),
+        f"{metric} claimed by the paper": best.claimed if on else "",
+        f"{metric} difference": "other setting" if np.isnan(best.difference) else f"{best.difference:+.1f}",
+    }
 
-def summarise(results: list[dict], # from `load_results`
-              metrics: tuple[str, ...] = ("R@1", "MAP@R"), # what to show
-             ) -> pd.DataFrame: # a line for each row and setting
+
+def summarise(
+    results: list[dict],  # from `load_results`
+    metrics: tuple[str, ...] = ("R@1", "MAP@R"),  # what to show
+) -> pd.DataFrame:  # a line for each row and setting
     "One line for each row and setting: claimed, ours over seeds, difference."
     lines = []
     for _, group in numbers(results).groupby(RUN, sort=False):
         r, cells = group.iloc[0], group.set_index(["epoch", "metric"])
         on = r["where"].startswith(f"{row_of(r.row).dataset},")
-        lines.append(dict(table=r.table, method=r.method, setting=f"{r['where']}, {r.training}", changed=r.changed, seeds=r.n))
-        for metric in metrics: lines[-1] |= _summary(cells, metric, on)
+        lines.append(
+            dict(table=r.table, method=r.method, setting=f"{r['where']}, {r.training}", changed=r.changed, seeds=r.n)
+        )
+        for metric in metrics:
+            lines[-1] |= _summary(cells, metric, on)
     return pd.DataFrame(lines)
 
 # %% ../../nbs/70_experiments/12_compare.ipynb #e406f41a
-def claimed_metrics(results: list[dict], # from `load_results`
-                   ) -> tuple[str, ...]: # in the order of the sources; the first one ranks the methods
+def claimed_metrics(
+    results: list[dict],  # from `load_results`
+) -> tuple[str, ...]:  # in the order of the sources; the first one ranks the methods
     "Metrics that are claimed and were measured; for rows without claims R@1 and MAP@R."
     measured = {m for r in results for m in r["best"]}
     said = dict.fromkeys(m for r in results for m, value in r["claimed"].items() if value != "-" and m in measured)
     return tuple(said) or tuple(m for m in ("R@1", "MAP@R") if m in measured)
 
-def claimed_for(id: str # of a row
-               ) -> str: # "cub, bn_inception, 512-d, 20% noise"; "" for a row without claims
+
+def claimed_for(
+    id: str,  # of a row
+) -> str:  # "cub, bn_inception, 512-d, 20% noise"; "" for a row without claims
     "The setting in which the source claims its numbers, in words."
     row = row_of(id)
-    if not row.claimed: return ""
+    if not row.claimed:
+        return ""
     size = f"{row.embedding_size}-d" if row.embedding_size else "size not stated"
-    return f"{row.dataset}, {row.backbone or 'backbone not stated'}, {size}" + ("" if row.noise == "none" else f", {row.noise} noise")
+    return f"{row.dataset}, {row.backbone or 'backbone not stated'}, {size}" + (
+        "" if row.noise == "none" else f", {row.noise} noise"
+    )
 
 # %% ../../nbs/70_experiments/12_compare.ipynb #c652e48a
 OWN, CLAIMED, RANK = "ours, the table's own setting", "claimed by the source", "rank (claimed)"
 LEVELS = ["section", "method", "claimed for", "changed"]
 
+
 def _cells(r, lead: str) -> dict:
     "Cells that a line of `numbers` fills."
     block = OWN if r.own_setting else f"other setting: {r.where}"
-    cells = {(CLAIMED, r.metric): r.claimed, (block, "seeds"): str(r.n), (block, f"{r.metric} {r.epoch}"): plus_minus(r.mean, r.half)}
-    if r.epoch == "last": return cells
-    if r.own_setting and r.claimed: cells[block, f"{r.metric} difference"] = "–" if np.isnan(r.difference) else f"{r.difference:+.1f}"
+    cells = {
+        (CLAIMED, r.metric): r.claimed,
+        (block, "seeds"): str(r.n),
+        (block, f"{r.metric} {r.epoch}"): plus_minus(r.mean, r.half),
+    }
+    if r.epoch == "last":
+        return cells
+    if r.own_setting and r.claimed:
+        cells[block, f"{r.metric} difference"] = "–" if np.isnan(r.difference) else f"{r.difference:+.1f}"
     if r.metric == lead and not np.isnan(r.rank):
         cells[block, RANK] = f"{r.rank:g}" + ("" if np.isnan(r.claimed_rank) else f" ({r.claimed_rank:g})")
     return cells
+
 
 def _order(columns, metrics: tuple[str, ...]) -> list[tuple[str, str]]:
     "Claims first, then the table's own setting, then the others."
@@ -98,17 +141,23 @@ def _order(columns, metrics: tuple[str, ...]) -> list[tuple[str, str]]:
     return [*((CLAIMED, m) for m in metrics), *((block, what) for block in blocks for what in inner)]
 
 # %% ../../nbs/70_experiments/12_compare.ipynb #59b501da
-def side_by_side(results: list[dict], # from `load_results`
-                 metrics: tuple[str, ...] | None = None, # what to show; None: `claimed_metrics`
-                 variants: bool | None = None, # False: only runs after the recipe; True: changed ones and the recipes of their rows; None: all
-                ) -> pd.DataFrame: # index: section, method, claimed for, changed; columns: (block, what)
+def side_by_side(
+    results: list[dict],  # from `load_results`
+    metrics: tuple[str, ...] | None = None,  # what to show; None: `claimed_metrics`
+    variants: bool
+    | None = None,  # False: only runs after the recipe; True: changed ones and the recipes of their rows; None: all
+) -> pd.DataFrame:  # index: section, method, claimed for, changed; columns: (block, what)
     "Claimed values and a block of columns for each setting; a column without text is left out."
     metrics = metrics or claimed_metrics(results)
     table, lines = numbers(results), {}
-    if variants is not None: table = table[table.row.isin(table.row[table.variant != ""]) if variants else table.variant == ""]
-    if table.empty: return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=LEVELS))
+    if variants is not None:
+        table = table[table.row.isin(table.row[table.variant != ""]) if variants else table.variant == ""]
+    if table.empty:
+        return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=LEVELS))
     for r in table[table.metric.isin(metrics)].itertuples():
         lines.setdefault((r.section, r.method, claimed_for(r.row), r.changed), {}).update(_cells(r, metrics[0]))
     frame = pd.DataFrame.from_dict(lines, orient="index").fillna("")
     frame.index = pd.MultiIndex.from_tuples(lines, names=LEVELS)
-    return frame[pd.MultiIndex.from_tuples([c for c in _order(frame, metrics) if c in frame and (frame[c] != "").any()])]
+    return frame[
+        pd.MultiIndex.from_tuples([c for c in _order(frame, metrics) if c in frame and (frame[c] != "").any()])
+    ]

@@ -16,82 +16,116 @@ import torch
 from fastai.torch_core import default_device
 
 from ..data.loaders import set_epoch
-from .run_store import find_same, read_result
 from .run import Run, environment
+from .run_store import find_same, read_result
 
 # %% ../../nbs/70_experiments/08_cost.ipynb #857fcd85
-def earlier(out: str | Path, # top folder of results
-            settings: dict, # of the run to come
-           ) -> tuple[float, float, int] | None: # seconds per epoch, seconds besides, number of runs that this comes from
+def earlier(
+    out: str | Path,  # top folder of results
+    settings: dict,  # of the run to come
+) -> tuple[float, float, int] | None:  # seconds per epoch, seconds besides, number of runs that this comes from
     "What runs on this data set, with this backbone, in this regime took on this device; those with the same loss, if there are any."
     found, device = [], environment()["device"]
     for path in Path(out).glob("*/*/*/seed*/result.json"):
-        try: result = read_result(path)
-        except ValueError: continue
+        try:
+            result = read_result(path)
+        except ValueError:
+            continue
         same = all(result["settings"][k] == settings[k] for k in ("dataset", "backbone", "regime"))
-        if same and result["environment"].get("device") == device and "shared_with" not in result: found.append(result)
+        if same and result["environment"].get("device") == device and "shared_with" not in result:
+            found.append(result)
     found = [r for r in found if r["settings"]["loss"] == settings["loss"]] or found
-    if not found: return None
+    if not found:
+        return None
     epoch = [(r["seconds"]["train"] + r["seconds"]["evaluate"]) / r["settings"]["epochs"] for r in found]
     besides = [r["seconds"]["notebook"] - r["seconds"]["fit"] for r in found]
     return median(epoch), median(besides), len(found)
 
 # %% ../../nbs/70_experiments/08_cost.ipynb #82b0be9b
-def _each(loader, step, batches: int) -> float: # seconds
+def _each(loader, step, batches: int) -> float:  # seconds
     "Time that `step` takes for one batch of a loader."
     times = [perf_counter()]
     for batch in islice(loader, batches + 1):
         step(*batch)
         times.append(perf_counter())
-    first = 1 if len(times) > 2 else 0 # a single batch has to do
+    first = 1 if len(times) > 2 else 0  # a single batch has to do
     return (times[-1] - times[first]) / max(1, len(times) - 1 - first)
 
-def measured(row: str, # id of a row
-             settings: dict, # of its run
-             batches: int = 3, # to time, of training and of test images
-            ) -> float: # seconds per epoch, roughly
+
+def measured(
+    row: str,  # id of a row
+    settings: dict,  # of its run
+    batches: int = 3,  # to time, of training and of test images
+) -> float:  # seconds per epoch, roughly
     "Time a few batches of a run."
-    with TemporaryDirectory() as folder: learn = Run(row, settings, 0, folder).learner()
+    with TemporaryDirectory() as folder:
+        learn = Run(row, settings, 0, folder).learner()
     device, dls = default_device(), learn.dls
     model, loss = learn.model.to(device), learn.loss_func.to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=0)
     set_epoch(dls.train, 0)
+
     def train(x, y):
         value = loss(model(x.to(device)), y.to(device))
         value.backward()
         optimizer.step()
-        value.item() # waits for a GPU
+        value.item()  # waits for a GPU
+
     @torch.inference_mode()
-    def embed(x): model(x.to(device)).sum().item()
-    seen = len(dls.test_labels) + (len(dls.train_labels) if hasattr(loss, "proxies") else 0) # the deviation needs the training images too
-    return _each(dls.train, train, batches)*len(dls.train) + _each(dls.valid, embed, batches)*len(dls.valid)*seen/len(dls.test_labels)
+    def embed(x):
+        model(x.to(device)).sum().item()
+
+    seen = len(dls.test_labels) + (
+        len(dls.train_labels) if hasattr(loss, "proxies") else 0
+    )  # the deviation needs the training images too
+    return _each(dls.train, train, batches) * len(dls.train) + _each(dls.valid, embed, batches) * len(
+        dls.valid
+    ) * seen / len(dls.test_labels)
 
 # %% ../../nbs/70_experiments/08_cost.ipynb #a4903cbc
-def duration(seconds: float) -> str: # "3 min"
+def duration(seconds: float) -> str:  # "3 min"
     "A time in the unit that a person would use."
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2*unit: return f"{seconds/unit:.0f} {name}"
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.0f} s"
 
-def cost(jobs: list, # from `plan`
-         out: str | Path, # top folder of results
-         measure: bool = False, # time a few batches where no earlier run tells
-        ) -> str: # a line or more, to be printed before the batch starts
+
+def cost(
+    jobs: list,  # from `plan`
+    out: str | Path,  # top folder of results
+    measure: bool = False,  # time a few batches where no earlier run tells
+) -> str:  # a line or more, to be printed before the batch starts
     "What the jobs that are not done will take, and how that is known."
     todo = [job for job in jobs if find_same(out, job.settings, job.seed, job.checksum) is None]
-    kinds, total, unknown = {}, 0., 0
-    for job in todo: kinds.setdefault((*(job.settings[k] for k in ("dataset", "backbone", "regime", "loss", "epochs", "batch_size")),), []).append(job)
+    kinds, total, unknown = {}, 0.0, 0
+    for job in todo:
+        kinds.setdefault(
+            (*(job.settings[k] for k in ("dataset", "backbone", "regime", "loss", "epochs", "batch_size")),), []
+        ).append(job)
     lines = [f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done before"]
     for (dataset, backbone, regime, loss, epochs, _), same in kinds.items():
         known = earlier(out, same[0].settings)
-        if known: epoch, besides, how = known[0], known[1], f"{known[2]} earlier runs"
+        if known:
+            epoch, besides, how = known[0], known[1], f"{known[2]} earlier runs"
         elif measure:
             print(f"  timing a few batches of {loss} on {dataset}, {backbone}, {regime} ...", flush=True)
-            epoch, besides, how = measured(same[0].rows[0].id, same[0].settings), 0., "a few batches, timed now"
+            epoch, besides, how = measured(same[0].rows[0].id, same[0].settings), 0.0, "a few batches, timed now"
         else:
             unknown += len(same)
             continue
-        total += len(same) * (epochs*epoch + besides)
-        lines.append(f"  {loss} on {dataset}, {backbone}, {regime}: {len(same)} x {epochs} epochs x {epoch:.3g} s + {besides:.0f} s each = {duration(len(same)*(epochs*epoch + besides))} (from {how})")
-    if todo: lines[0] += "; expected: " + " and ".join(filter(None, [f"about {duration(total)}" * (unknown < len(todo)), f"unknown for {unknown}" * (unknown > 0)])) + ", one after the other"
+        total += len(same) * (epochs * epoch + besides)
+        lines.append(
+            f"  {loss} on {dataset}, {backbone}, {regime}: {len(same)} x {epochs} epochs x {epoch:.3g} s + {besides:.0f} s each = {duration(len(same) * (epochs * epoch + besides))} (from {how})"
+        )
+    if todo:
+        lines[0] += (
+            "; expected: "
+            + " and ".join(
+                filter(
+                    None, [f"about {duration(total)}" * (unknown < len(todo)), f"unknown for {unknown}" * (unknown > 0)]
+                )
+            )
+            + ", one after the other"
+        )
     return "\n".join(lines)

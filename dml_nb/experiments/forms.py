@@ -20,31 +20,47 @@ from .parts import AGREEMENT, NOTES, TESTS, Part, agreement_table, parts, proven
 def _front(beside: pd.DataFrame) -> tuple[list[str], str]:
     "Columns in front of the values, and what is said above instead."
     levels = {name: set(beside.index.get_level_values(name)) for name in beside.index.names[1:]}
-    drop = [name for name in ("claimed for", "changed") if len(levels[name]) == 1 and (name == "claimed for" or levels[name] == {""})]
+    drop = [
+        name
+        for name in ("claimed for", "changed")
+        if len(levels[name]) == 1 and (name == "claimed for" or levels[name] == {""})
+    ]
     said = " ".join(f"Claimed for: {only}." for name in drop if name == "claimed for" for only in levels[name] if only)
     return [name for name in levels if name not in drop], said
 
 # %% ../../nbs/70_experiments/16_forms.ipynb #c9c78401
-def _markdown(table: pd.DataFrame) -> str: return table.to_markdown(index=False, disable_numparse=True)
+def _markdown(table: pd.DataFrame) -> str:
+    return table.to_markdown(index=False, disable_numparse=True)
+
 
 def _heads(beside: pd.DataFrame) -> list[str]:
     "One line of heads; where we ran in one setting only, its name stands once."
     ours = {block for block, _ in beside} - {CLAIMED}
-    named = lambda block, what: f"{what} claimed" if block == CLAIMED else f"{what} ({block})" if len(ours) > 1 or what == "seeds" else what
+    named = lambda block, what: (
+        f"{what} claimed" if block == CLAIMED else f"{what} ({block})" if len(ours) > 1 or what == "seeds" else what
+    )
     return [named(*column) for column in beside]
+
 
 def _part_markdown(part: Part) -> list[str]:
     columns, said = _front(part.beside)
     table = part.beside.set_axis(_heads(part.beside), axis=1)
     tests = [f"Paired tests of {part.metric}, last epoch:", _markdown(part.tests)] if len(part.tests) else []
-    return [text for text in (f"## {part.title}", said, _markdown(table.reset_index()[[*columns, *table]]), *part.words, *tests) if text]
+    return [
+        text
+        for text in (f"## {part.title}", said, _markdown(table.reset_index()[[*columns, *table]]), *part.words, *tests)
+        if text
+    ]
 
-def to_markdown(results: list[dict], # from `load_results`
-               ) -> str: # headings, notes and tables
+
+def to_markdown(
+    results: list[dict],  # from `load_results`
+) -> str:  # headings, notes and tables
     "The report as Markdown."
     order = agreement_table(results)
     out = ["# Results beside the claims", provenance(results), NOTES, TESTS]
-    if len(order): out += ["## Order of the methods", AGREEMENT, _markdown(order)]
+    if len(order):
+        out += ["## Order of the methods", AGREEMENT, _markdown(order)]
     return "\n\n".join(out + [text for part in parts(results) for text in _part_markdown(part)]) + "\n"
 
 # %% ../../nbs/70_experiments/16_forms.ipynb #12fc08dd
@@ -53,11 +69,18 @@ def _part_latex(part: Part) -> str:
     table = part.beside.reset_index()[[*((name, "") for name in columns), *part.beside]]
     style = table.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     caption = f"{part.title}. {said}".replace("%", "\\%").replace("_", "\\_")
-    return style.to_latex(hrules=True, environment="longtable", multicol_align="c", caption=caption,
-                          column_format="l"*len(columns) + "r"*(table.shape[1] - len(columns)))
+    return style.to_latex(
+        hrules=True,
+        environment="longtable",
+        multicol_align="c",
+        caption=caption,
+        column_format="l" * len(columns) + "r" * (table.shape[1] - len(columns)),
+    )
 
-def to_latex(results: list[dict], # from `load_results`
-            ) -> str: # a longtable for each section; needs booktabs, longtable and multirow
+
+def to_latex(
+    results: list[dict],  # from `load_results`
+) -> str:  # a longtable for each section; needs booktabs, longtable and multirow
     "The side-by-side tables for a paper."
     latex = "\n".join(_part_latex(part) for part in parts(results))
     return "% \\usepackage{booktabs, longtable, multirow}\n" + latex.replace("±", "$\\pm$").replace("–", "--")
@@ -67,23 +90,29 @@ def _number(text: str) -> float:
     found = re.match(r"<?([+-]?\d+(?:\.\d+)?)", str(text))
     return float(found[1]) if found else np.nan
 
+
 def _best(column: pd.Series, groups: pd.Series, plain: pd.Series) -> list[str]:
     "Bold for the highest mean of each group, among the plain lines."
     values = column.map(_number).where(plain)
     return ["font-weight: bold" if top else "" for top in values == values.groupby(groups).transform("max")]
 
-def styled(beside: pd.DataFrame, # from `side_by_side`
-          ) -> Styler: # shows itself in a notebook; `to_html` gives the text
+
+def styled(
+    beside: pd.DataFrame,  # from `side_by_side`
+) -> Styler:  # shows itself in a notebook; `to_html` gives the text
     "The side-by-side table with its best values marked."
     table, (front, _) = beside.reset_index(), _front(beside)
     table.columns = pd.MultiIndex.from_tuples([(block, what) if what else ("", block) for block, what in table.columns])
     style = table.style.hide(axis="index").set_table_attributes('class="sortable"')
     one = beside.index.get_level_values("section").nunique() == 1
-    style = style.hide([("", name) for name in beside.index.names if name not in front and (one or name != "section")], axis="columns")
+    style = style.hide(
+        [("", name) for name in beside.index.names if name not in front and (one or name != "section")], axis="columns"
+    )
     means = [c for c in beside if c[0] != CLAIMED and c[1].endswith(("best", "last"))]
     style = style.apply(_best, groups=table["", "section"], plain=table["", "changed"] == "", subset=means)
     for block, color in ((CLAIMED, "#8881"), (OWN, "#2a82")):
-        if block in beside: style = style.set_properties(**{"background-color": color}, subset=[block])
+        if block in beside:
+            style = style.set_properties(**{"background-color": color}, subset=[block])
     return style
 
 # %% ../../nbs/70_experiments/16_forms.ipynb #87624213
@@ -116,11 +145,15 @@ thead tr:last-child th { cursor: pointer; position: sticky; top: 0 } thead tr:la
 th[aria-sort=ascending]::after { content: ' ↑' !important; opacity: 1 !important }
 th[aria-sort=descending]::after { content: ' ↓' !important; opacity: 1 !important }"""
 
+
 def _prose(note: str) -> str:
     note = re.sub(r"\*(.+?)\*", r"<em>\1</em>", note).replace("\n\n", "</p><p>").replace("2^(1-n)", "2<sup>1−n</sup>")
     return f"<p>{note}</p>" if note else ""
 
-def _wide(table: str) -> str: return f"<div class='wide'>{table.replace(' ± ', '&nbsp;±&nbsp;')}</div>"
+
+def _wide(table: str) -> str:
+    return f"<div class='wide'>{table.replace(' ± ', '&nbsp;±&nbsp;')}</div>"
+
 
 def _plain(table: pd.DataFrame) -> str:
     return _wide(table.style.hide(axis="index").set_table_attributes('class="sortable"').to_html(escape="html"))
@@ -130,21 +163,33 @@ def _picture(title: str, png: bytes) -> str:
     "A picture within the page."
     return f"<img alt='{title}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
+
 def _part_html(part: Part, pictures: list[str]) -> str:
-    tests = f"<details><summary>Paired tests of {part.metric}, last epoch</summary>{_plain(part.tests)}</details>" if len(part.tests) else ""
+    tests = (
+        f"<details><summary>Paired tests of {part.metric}, last epoch</summary>{_plain(part.tests)}</details>"
+        if len(part.tests)
+        else ""
+    )
     table = _wide(styled(part.beside).to_html(escape="html"))
     return f"<h2>{part.title}</h2>{_prose(_front(part.beside)[1])}{table}{''.join(map(_prose, part.words))}{tests}{''.join(pictures)}"
 
-def to_html(results: list[dict], # from `load_results`
-            pngs: dict[str, bytes], # title -> picture; "…: SECTION" stands in its section
-           ) -> str: # a page that needs no other file
+
+def to_html(
+    results: list[dict],  # from `load_results`
+    pngs: dict[str, bytes],  # title -> picture; "…: SECTION" stands in its section
+) -> str:  # a page that needs no other file
     "The report as a page."
     order, pictures = agreement_table(results), {title: _picture(title, png) for title, png in pngs.items()}
     body = [_prose(provenance(results)), _prose(NOTES), _prose(TESTS)]
-    if len(order): body.append(f"<h2>Order of the methods</h2>{_prose(AGREEMENT)}{_plain(order)}")
+    if len(order):
+        body.append(f"<h2>Order of the methods</h2>{_prose(AGREEMENT)}{_plain(order)}")
     for part in parts(results):
-        body.append(_part_html(part, [pictures.pop(title) for title in list(pictures) if title.endswith(f": {part.title}")]))
+        body.append(
+            _part_html(part, [pictures.pop(title) for title in list(pictures) if title.endswith(f": {part.title}")])
+        )
     body += [f"<h2>{title}</h2>{picture}" for title, picture in pictures.items()]
     title = "Results beside the claims"
-    return ("<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-            f"<title>{title}</title><style>{STYLE}</style><body><h1>{title}</h1>{''.join(body)}<script>{SCRIPT}</script></body></html>")
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+        f"<title>{title}</title><style>{STYLE}</style><body><h1>{title}</h1>{''.join(body)}<script>{SCRIPT}</script></body></html>"
+    )

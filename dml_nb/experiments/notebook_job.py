@@ -15,40 +15,50 @@ from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
 
+from ..core.files import write_atomically
+from ..core.similarity import unknown
 from ..data.datasets import cache_root, data_root
 from .run_store import run_folder
 from .tables import Row
-from ..core.files import write_atomically
-from ..core.similarity import unknown
 
 # %% ../../nbs/70_experiments/07_notebook_job.ipynb #42798164
-def template(name: str = "row", # name of a notebook in `nbs/rows`
-            ) -> Path: # its file
+def template(
+    name: str = "row",  # name of a notebook in `nbs/rows`
+) -> Path:  # its file
     "The papermill template of that name."
     package = Path(__file__).parents[1]
-    places = [package.parent/"nbs"/"rows"/f"{name}.ipynb", package/"experiments"/"templates"/f"{name}.ipynb"]
+    places = [
+        package.parent / "nbs" / "rows" / f"{name}.ipynb",
+        package / "experiments" / "templates" / f"{name}.ipynb",
+    ]
     for place in places:
-        if place.exists(): return place
+        if place.exists():
+            return place
     raise FileNotFoundError(f"the notebook {name}.ipynb is neither in nbs/rows nor in the package: reinstall dml_nb.")
 
-def check_parameters(notebook: Path, # a template
-                     parameters: dict, # what is to be passed
-                    ):
+
+def check_parameters(
+    notebook: Path,  # a template
+    parameters: dict,  # what is to be passed
+):
     "Raise `ValueError` for a parameter that the notebook does not declare."
     from papermill import inspect_notebook
+
     declared = inspect_notebook(str(notebook))
     for name in parameters:
-        if name not in declared: raise unknown(f"parameter of {Path(notebook).name}", name, declared)
+        if name not in declared:
+            raise unknown(f"parameter of {Path(notebook).name}", name, declared)
 
 # %% ../../nbs/70_experiments/07_notebook_job.ipynb #068c94d9
 @dataclass(frozen=True)
 class Job:
     "One computation and the rows that want it."
-    rows: tuple[Row, ...] # the first one is run, the others share
-    settings: dict = field(hash=False) # from `settings_for`
-    seed: int # of initialisation, batches and augmentation
-    asked: dict = field(hash=False) # data set, backbone, regime and overrides that led to the settings
-    checksum: str # of the data
+
+    rows: tuple[Row, ...]  # the first one is run, the others share
+    settings: dict = field(hash=False)  # from `settings_for`
+    seed: int  # of initialisation, batches and augmentation
+    asked: dict = field(hash=False)  # data set, backbone, regime and overrides that led to the settings
+    checksum: str  # of the data
 
     def __str__(self):
         s = self.settings
@@ -58,76 +68,125 @@ class Job:
 def _clean(notebook: Path):
     "Remove what papermill noted, and folders of this machine that warnings name."
     import nbformat
+
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata.pop("papermill", None)
     for cell in nb.cells:
         cell.metadata.pop("papermill", None)
         for output in cell.get("outputs", []):
-            if output.output_type == "stream": output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
+            if output.output_type == "stream":
+                output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
     nbformat.write(nb, notebook)
 
 # %% ../../nbs/70_experiments/07_notebook_job.ipynb #9ada6a06
 def _prepare(job: Job, row: Row, folder: Path):
     "Remove what earlier attempts left, except a checkpoint of the same data; say what will be run."
-    path = folder/"params.json"
-    try: before = json.loads(path.read_text()).get("data_checksum")
-    except (OSError, ValueError): before = None
-    left = [*folder.glob("*.tmp"), *folder.glob("*.tmp.ipynb"), *(folder/name for name in ("measured.json", "failed.ipynb", "failed.json"))]
-    if before not in (None, job.checksum): left.append(folder/"checkpoint.pt")
-    for file in left: file.unlink(missing_ok=True)
-    params = dict(row=row.id, seed=job.seed, version=version("dml_nb"), settings=job.settings, asked=job.asked, data_checksum=job.checksum)
+    path = folder / "params.json"
+    try:
+        before = json.loads(path.read_text()).get("data_checksum")
+    except (OSError, ValueError):
+        before = None
+    left = [
+        *folder.glob("*.tmp"),
+        *folder.glob("*.tmp.ipynb"),
+        *(folder / name for name in ("measured.json", "failed.ipynb", "failed.json")),
+    ]
+    if before not in (None, job.checksum):
+        left.append(folder / "checkpoint.pt")
+    for file in left:
+        file.unlink(missing_ok=True)
+    params = dict(
+        row=row.id,
+        seed=job.seed,
+        version=version("dml_nb"),
+        settings=job.settings,
+        asked=job.asked,
+        data_checksum=job.checksum,
+    )
     write_atomically(path, lambda p: p.write_text(json.dumps(params, indent=1)))
 
 # %% ../../nbs/70_experiments/07_notebook_job.ipynb #f755f899
-def run_notebook(job: Job, # what to compute
-                 row: Row, # which of its rows
-                 folder: Path, # of the run
-                ):
+def run_notebook(
+    job: Job,  # what to compute
+    row: Row,  # which of its rows
+    folder: Path,  # of the run
+):
     "Execute the row notebook; on success, and only then, `result.json` appears."
     from papermill import execute_notebook
+
     parameters = dict(row=row.id, settings=job.settings, seed=job.seed, folder=".")
     check_parameters(template(), parameters)
-    os.environ |= dict(DML_NB_DATA=str(data_root().resolve()), DML_NB_CACHE=str(cache_root().resolve()), JUPYTER_PREFER_ENV_PATH="1")
-    notebook = folder/"run.tmp.ipynb"
-    execute_notebook(str(template()), str(notebook), parameters, kernel_name="python3", progress_bar=False, cwd=str(folder), extra_arguments=["--log-level=CRITICAL"])
+    os.environ |= dict(
+        DML_NB_DATA=str(data_root().resolve()), DML_NB_CACHE=str(cache_root().resolve()), JUPYTER_PREFER_ENV_PATH="1"
+    )
+    notebook = folder / "run.tmp.ipynb"
+    execute_notebook(
+        str(template()),
+        str(notebook),
+        parameters,
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(folder),
+        extra_arguments=["--log-level=CRITICAL"],
+    )
     _clean(notebook)
-    os.replace(notebook, folder/"run.ipynb")
-    os.replace(folder/"measured.json", folder/"result.json")
-    for name in ("checkpoint.pt", ".lock"): (folder/name).unlink(missing_ok=True)
+    os.replace(notebook, folder / "run.ipynb")
+    os.replace(folder / "measured.json", folder / "result.json")
+    for name in ("checkpoint.pt", ".lock"):
+        (folder / name).unlink(missing_ok=True)
 
 # %% ../../nbs/70_experiments/07_notebook_job.ipynb #1fbf3a5a
-class RunFailed(RuntimeError): "A row could not be run; `failed.json` and `failed.ipynb` in its folder say why."
+class RunFailed(RuntimeError):
+    "A row could not be run; `failed.json` and `failed.ipynb` in its folder say why."
 
-FREE = 2**23 # a disk with less free space, in bytes, counts as full
 
-def disk_full(folder: Path, # where something is to be written
-             ) -> bool: # as far as can be told
+FREE = 2**23  # a disk with less free space, in bytes, counts as full
+
+
+def disk_full(
+    folder: Path,  # where something is to be written
+) -> bool:  # as far as can be told
     "Whether a folder's disk has no space for another run."
     return folder.exists() and disk_usage(folder).free < FREE
 
-def write_failure(job: Job, # what failed
-                  row: Row, # which of its rows
-                  folder: Path, # of the run
-                  error: Exception, # why
-                 ) -> RunFailed: # to be raised
+
+def write_failure(
+    job: Job,  # what failed
+    row: Row,  # which of its rows
+    folder: Path,  # of the run
+    error: Exception,  # why
+) -> RunFailed:  # to be raised
     "Write a failure down, as far as there is space for it."
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
     trace = "\n".join(getattr(error, "traceback", None) or traceback.format_exception(error))
-    note = dict(row=row.id, seed=job.seed, error=name, message=text, traceback=re.sub(r"\x1b\[[0-9;]*m", "", trace), version=version("dml_nb"))
-    if disk_full(folder): raise OSError(f"the disk of {folder} is full: make room, and the same command goes on where it stopped.") from error
-    write_atomically(folder/"failed.json", lambda p: p.write_text(json.dumps(note, indent=1)))
-    if (folder/"run.tmp.ipynb").exists(): os.replace(folder/"run.tmp.ipynb", folder/"failed.ipynb")
-    return RunFailed(f"{row.id}, seed {job.seed}: {name}: {text} (see {folder/'failed.json'})")
+    note = dict(
+        row=row.id,
+        seed=job.seed,
+        error=name,
+        message=text,
+        traceback=re.sub(r"\x1b\[[0-9;]*m", "", trace),
+        version=version("dml_nb"),
+    )
+    if disk_full(folder):
+        raise OSError(
+            f"the disk of {folder} is full: make room, and the same command goes on where it stopped."
+        ) from error
+    write_atomically(folder / "failed.json", lambda p: p.write_text(json.dumps(note, indent=1)))
+    if (folder / "run.tmp.ipynb").exists():
+        os.replace(folder / "run.tmp.ipynb", folder / "failed.ipynb")
+    return RunFailed(f"{row.id}, seed {job.seed}: {name}: {text} (see {folder / 'failed.json'})")
 
 # %% ../../nbs/70_experiments/07_notebook_job.ipynb #e3a0539c
-def run_job(job: Job, # what to compute
-            out: Path, # top folder of results
-            retries: int = 1, # how often a killed kernel is started again
-           ) -> Path: # folder of the run
+def run_job(
+    job: Job,  # what to compute
+    out: Path,  # top folder of results
+    retries: int = 1,  # how often a killed kernel is started again
+) -> Path:  # folder of the run
     "Run one of the job's rows, one with a checkpoint if there is any."
     from nbclient.exceptions import DeadKernelError
+
     folders = {row: run_folder(out, row, job.settings, job.seed) for row in job.rows}
-    row = next((row for row in job.rows if (folders[row]/"checkpoint.pt").exists()), job.rows[0])
+    row = next((row for row in job.rows if (folders[row] / "checkpoint.pt").exists()), job.rows[0])
     folder = folders[row]
     for left in reversed(range(retries + 1)):
         try:
@@ -135,6 +194,16 @@ def run_job(job: Job, # what to compute
             run_notebook(job, row, folder)
             return folder
         except DeadKernelError as e:
-            if not left: raise write_failure(job, row, folder, DeadKernelError(f"the process of the notebook was killed {retries + 1} times, perhaps for want of memory")) from e
-        except Exception as e: raise write_failure(job, row, folder, e) from e
-        finally: (folder/"run.tmp.ipynb").unlink(missing_ok=True)
+            if not left:
+                raise write_failure(
+                    job,
+                    row,
+                    folder,
+                    DeadKernelError(
+                        f"the process of the notebook was killed {retries + 1} times, perhaps for want of memory"
+                    ),
+                ) from e
+        except Exception as e:
+            raise write_failure(job, row, folder, e) from e
+        finally:
+            (folder / "run.tmp.ipynb").unlink(missing_ok=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from .compare import claimed_metrics, numbers, side_by_side
-from .statistics import FEWEST_METHODS, agreement, paired_tests, variant_tests
 from .results import computation, plus_minus, sections
+from .statistics import FEWEST_METHODS, agreement, paired_tests, variant_tests
 
 # %% ../../nbs/70_experiments/15_parts.ipynb #db61c501
 NOTES = """Values in percent: mean ± 95 % t-interval over seeds (a single seed has no interval). *Best* is the epoch with the highest first \
@@ -37,73 +37,112 @@ Kendall's, *ρ* Spearman's rank correlation: 1 the same order, 0 none, −1 the 
 there are only pairs. The claims are of other backbones and a whole network trained, without intervals: what disagrees here may agree there."""
 
 # %% ../../nbs/70_experiments/15_parts.ipynb #cb2522dd
-def _count(n: int, what: str) -> str: return f"{n} {what}" + ("" if n == 1 else "s")
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
 
-def provenance(results: list[dict], # from `load_results`
-              ) -> str: # sentences
+
+def provenance(
+    results: list[dict],  # from `load_results`
+) -> str:  # sentences
     "What the report rests on: runs, versions, commits, data."
     commits = {r["environment"].get("commit", "") for r in results}
     dirty = sum(c.endswith("-dirty") for c in commits)
     mixed = numbers(results).drop_duplicates(["row", "where", "noise", "variant"]).commits.str.contains(" ").sum()
     data = {f"{Path(r['settings']['dataset']).name} {r['data_checksum']}" for r in results}
     versions = ", ".join(sorted({r["environment"]["dml_nb"] for r in results}))
-    return (f"{_count(len(results), 'result')} of {_count(len({computation(r) for r in results}), 'run')} (rows that ask for the same share one). "
-            f"dml_nb {versions}; {_count(len(commits), 'commit')}, {dirty} of them with changes "
-            f"that were not committed; {_count(mixed, 'line')} with seeds of more than one commit. Data: {', '.join(sorted(data))}.")
+    return (
+        f"{_count(len(results), 'result')} of {_count(len({computation(r) for r in results}), 'run')} (rows that ask for the same share one). "
+        f"dml_nb {versions}; {_count(len(commits), 'commit')}, {dirty} of them with changes "
+        f"that were not committed; {_count(mixed, 'line')} with seeds of more than one commit. Data: {', '.join(sorted(data))}."
+    )
 
 # %% ../../nbs/70_experiments/15_parts.ipynb #d32cdaca
-def _p(value: float) -> str: return "–" if np.isnan(value) else "<0.001" if value < .001 else f"{value:.3f}"
+def _p(value: float) -> str:
+    return "–" if np.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
 
-def order_in_words(r, # a line of `agreement`
-                  ) -> str: # a sentence or two
+
+def order_in_words(
+    r,  # a line of `agreement`
+) -> str:  # a sentence or two
     "What the comparison says about the claimed order, and how little it may be."
     pairs = f"pairs in the claimed order: {r.same} of {r.pairs}; of the {r.clear} that are clear by our seeds, {r.clear_same}."
     text = f"{r.place}: Kendall's τ {r.tau:+.2f} (p {_p(r.p)}), Spearman's ρ {r.rho:+.2f} over {r.methods} methods by {r.metric}; {pairs}"
-    if r.methods < FEWEST_METHODS: text = f"{r.place}: {r.methods} methods by {r.metric}, too few for a rank correlation; {pairs}"
-    elif np.isnan(r.tau): text = f"{r.place}: {r.methods} methods by {r.metric}, all claimed or measured alike: no rank correlation."
+    if r.methods < FEWEST_METHODS:
+        text = f"{r.place}: {r.methods} methods by {r.metric}, too few for a rank correlation; {pairs}"
+    elif np.isnan(r.tau):
+        text = f"{r.place}: {r.methods} methods by {r.metric}, all claimed or measured alike: no rank correlation."
     return text + (f" The claims are of several backbones ({r.backbones})." if ", " in r.backbones else "")
 
-def agreement_table(results: list[dict], # from `load_results`
-                   ) -> pd.DataFrame: # text; a line for each section and place, then one for all pairs
+
+def agreement_table(
+    results: list[dict],  # from `load_results`
+) -> pd.DataFrame:  # text; a line for each section and place, then one for all pairs
     "Agreement with the order of the claims, as a reader wants it."
     a = agreement(results)
     signed = lambda values: ["–" if np.isnan(v) else f"{v:+.2f}" for v in values]
-    table = pd.DataFrame({"section": a.section, "ours": a.place, "metric": a.metric, "methods": a.methods, "τ": signed(a.tau), "p": a.p.map(_p),
-                          "ρ": signed(a.rho), "pairs as claimed": [f"{s} of {n}" for s, n in zip(a.same, a.pairs)],
-                          "clear pairs as claimed": [f"{s} of {n}" for s, n in zip(a.clear_same, a.clear)],
-                          "first of the claims": a.first_claimed, "first of ours": a.first_ours})
+    table = pd.DataFrame(
+        {
+            "section": a.section,
+            "ours": a.place,
+            "metric": a.metric,
+            "methods": a.methods,
+            "τ": signed(a.tau),
+            "p": a.p.map(_p),
+            "ρ": signed(a.rho),
+            "pairs as claimed": [f"{s} of {n}" for s, n in zip(a.same, a.pairs)],
+            "clear pairs as claimed": [f"{s} of {n}" for s, n in zip(a.clear_same, a.clear)],
+            "first of the claims": a.first_claimed,
+            "first of ours": a.first_ours,
+        }
+    )
     if len(a) > 1:
         same, pairs, clear_same, clear = a[["same", "pairs", "clear_same", "clear"]].sum()
-        table.loc[len(a)] = dict.fromkeys(table, "") | {"section": "all (pairs can repeat)", "pairs as claimed": f"{same} of {pairs}",
-                                                       "clear pairs as claimed": f"{clear_same} of {clear}"}
+        table.loc[len(a)] = dict.fromkeys(table, "") | {
+            "section": "all (pairs can repeat)",
+            "pairs as claimed": f"{same} of {pairs}",
+            "clear pairs as claimed": f"{clear_same} of {clear}",
+        }
     return table
 
 # %% ../../nbs/70_experiments/15_parts.ipynb #3fbc0a27
 @dataclass(frozen=True)
 class Part:
     "A section of the report."
-    title: str # "002-IV, cub, 512-d"
-    beside: pd.DataFrame # from `side_by_side`
-    words: list[str] # what it says about the order
-    tests: pd.DataFrame # text
-    metric: str # what is tested
 
-def tests_table(t: pd.DataFrame, # from `paired_tests` or `variant_tests`
-               ) -> pd.DataFrame: # text
+    title: str  # "002-IV, cub, 512-d"
+    beside: pd.DataFrame  # from `side_by_side`
+    words: list[str]  # what it says about the order
+    tests: pd.DataFrame  # text
+    metric: str  # what is tested
+
+
+def tests_table(
+    t: pd.DataFrame,  # from `paired_tests` or `variant_tests`
+) -> pd.DataFrame:  # text
     "The paired tests as a reader wants them."
-    return pd.DataFrame(dict(ours=t.block.str.split(": ").str[1], a=t.a, b=t.b, seeds=t.seeds,
-                             difference=[plus_minus(*pair, digits=2) for pair in zip(t.difference, t.half)],
-                             batches=t.batches, **{"p (t)": t.p_t.map(_p), "p (Wilcoxon)": t.p_wilcoxon.map(_p), "Holm": t.holm.map(_p)}))
+    return pd.DataFrame(
+        dict(
+            ours=t.block.str.split(": ").str[1],
+            a=t.a,
+            b=t.b,
+            seeds=t.seeds,
+            difference=[plus_minus(*pair, digits=2) for pair in zip(t.difference, t.half)],
+            batches=t.batches,
+            **{"p (t)": t.p_t.map(_p), "p (Wilcoxon)": t.p_wilcoxon.map(_p), "Holm": t.holm.map(_p)},
+        )
+    )
 
 # %% ../../nbs/70_experiments/15_parts.ipynb #e8a1a864
-def parts(results: list[dict], # from `load_results`
-         ) -> list[Part]: # first the sections, then those of changed settings
+def parts(
+    results: list[dict],  # from `load_results`
+) -> list[Part]:  # first the sections, then those of changed settings
     "What a report consists of, whatever its form."
     out, order = [], agreement(results)
     for variants in (False, True):
         for name, found in sections(results).items():
             beside, lead = side_by_side(found, variants=variants), next(iter(claimed_metrics(found)), None)
-            if beside.empty: continue
+            if beside.empty:
+                continue
             tests = (variant_tests if variants else paired_tests)(found, lead)
             words = [] if variants else [order_in_words(r) for r in order[order.section == name].itertuples()]
             out.append(Part(f"Changed settings: {name}" if variants else name, beside, words, tests_table(tests), lead))

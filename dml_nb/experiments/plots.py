@@ -16,15 +16,25 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .compare import claimed_metrics, numbers
-from .statistics import entrants, label
-from .results import bounds, flat, histories, known_settings, plain_name, plus_minus, runs_frame, value_of
-from .tables import row_of
 from ..core.similarity import unknown
+from .compare import claimed_metrics, numbers
+from dml_nb.experiments.results import (
+    bounds,
+    flat,
+    histories,
+    known_settings,
+    plain_name,
+    plus_minus,
+    runs_frame,
+    value_of,
+)
+from .statistics import entrants, label
+from .tables import row_of
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #469670c7
-def after_recipe(frame: pd.DataFrame, # with "block" and "variant"
-                ) -> pd.DataFrame: # fewer lines
+def after_recipe(
+    frame: pd.DataFrame,  # with "block" and "variant"
+) -> pd.DataFrame:  # fewer lines
     "Runs in which nothing was changed, or all runs of a block that has none."
     plain = frame.variant == ""
     return frame[plain | ~plain.groupby(frame.block).transform("any")]
@@ -34,117 +44,181 @@ def _panels(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     "Title and lines of each panel: claims first, then the table's own setting, then the others."
     said = frame[~frame.claimed.isin(["", "-"])].drop_duplicates("row")
     said = said.assign(value=said.claimed.astype(float), on=said.row.map(lambda id: row_of(id).dataset))
-    claims = [(f"claimed by the source, {data}", group.drop_duplicates("entrant")) for data, group in said.groupby("on", sort=False)]
-    ours = [("ours, the table's own setting" if own else f"ours, {where}", group)
-            for (own, where), group in frame.groupby(["own", "where"], sort=False)]
+    claims = [
+        (f"claimed by the source, {data}", group.drop_duplicates("entrant"))
+        for data, group in said.groupby("on", sort=False)
+    ]
+    ours = [
+        ("ours, the table's own setting" if own else f"ours, {where}", group)
+        for (own, where), group in frame.groupby(["own", "where"], sort=False)
+    ]
     return claims + sorted(ours, key=lambda panel: (not panel[1].own.all(), panel[0]))
+
 
 def _bars(ax: Axes, title: str, part: pd.DataFrame, order: list[str], metric: str):
     "One panel of bars."
     claims = title.startswith("claimed")
-    sns.barplot(part, y="entrant", x="value", order=order, color="lightgrey" if claims else "C0", errorbar=None if claims else bounds,
-                err_kws=dict(linewidth=1.5), ax=ax)
+    sns.barplot(
+        part,
+        y="entrant",
+        x="value",
+        order=order,
+        color="lightgrey" if claims else "C0",
+        errorbar=None if claims else bounds,
+        err_kws=dict(linewidth=1.5),
+        ax=ax,
+    )
     marks = pd.to_numeric(part.drop_duplicates("entrant").set_index("entrant").claimed, errors="coerce").reindex(order)
-    if claims or not part.own.all(): marks[:] = np.nan
+    if claims or not part.own.all():
+        marks[:] = np.nan
     ax.plot(marks, order, "D", color="black")
     ends = [*part.value, *marks.dropna()]
     ax.set_title(title.replace(", ", ",\n", 1), fontsize=9)
-    ax.set(xlabel=f"{metric}, percent", ylabel="", xlim=(max(0, min(ends) - 10), max(ends) + 3), ylim=(len(order) - .4, -.6))
-    ax.grid(axis="x", alpha=.3)
+    ax.set(
+        xlabel=f"{metric}, percent",
+        ylabel="",
+        xlim=(max(0, min(ends) - 10), max(ends) + 3),
+        ylim=(len(order) - 0.4, -0.6),
+    )
+    ax.grid(axis="x", alpha=0.3)
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #2c27bb9d
-def plot_results(results: list[dict], # from `load_results`, better of one section
-                 metric: str = "R@1", # one metric
-                 epoch: str = "best", # or "last"
-                ) -> Figure: # a panel for the claims and for each setting
+def plot_results(
+    results: list[dict],  # from `load_results`, better of one section
+    metric: str = "R@1",  # one metric
+    epoch: str = "best",  # or "last"
+) -> Figure:  # a panel for the claims and for each setting
     "Bars with 95 % intervals over seeds, beside the claimed values."
     frame = after_recipe(entrants(results, metric, epoch))
     order = list(frame.groupby("entrant").value.mean().sort_values(ascending=False).index)
     panels = _panels(frame)
-    fig, axes = plt.subplots(1, len(panels), figsize=(2.5 + 2.7*len(panels), 1.2 + .3*len(order)), sharey=True, squeeze=False)
-    for ax, (title, part) in zip(axes[0], panels): _bars(ax, title, part, order, metric)
-    fig.suptitle(f"{'; '.join(frame.section.unique())}: {metric}, {epoch} epoch,\n95 % interval over seeds (axes are cut)", fontsize=9)
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(2.5 + 2.7 * len(panels), 1.2 + 0.3 * len(order)), sharey=True, squeeze=False
+    )
+    for ax, (title, part) in zip(axes[0], panels):
+        _bars(ax, title, part, order, metric)
+    fig.suptitle(
+        f"{'; '.join(frame.section.unique())}: {metric}, {epoch} epoch,\n95 % interval over seeds (axes are cut)",
+        fontsize=9,
+    )
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #4f09f5cc
-def once(frame: pd.DataFrame, # from `entrants` or `histories`
-        ) -> pd.DataFrame: # "block": place, size and noise; "method": one name for each method
+def once(
+    frame: pd.DataFrame,  # from `entrants` or `histories`
+) -> pd.DataFrame:  # "block": place, size and noise; "method": one name for each method
     "Each run once, whatever the tables call it."
     frame = frame.drop_duplicates([c for c in ("run", "epoch", "metric", "K") if c in frame])
     noise = np.where(frame.noise == "none", "", ", " + frame.noise + " noise")
-    frame = frame.assign(block=frame["where"] + ", " + frame.embedding_size.astype(str) + "-d" + noise,
-                         method=[label(plain_name(id), changed) for id, changed in zip(frame.row, frame.variant)])
+    frame = frame.assign(
+        block=frame["where"] + ", " + frame.embedding_size.astype(str) + "-d" + noise,
+        method=[label(plain_name(id), changed) for id, changed in zip(frame.row, frame.variant)],
+    )
     first = frame.groupby(["block", "method"]).row.transform("first")
-    return frame.assign(method=frame.method.where(frame.row == first, frame.method + ", " + frame.table)) # the same name, but another run
+    return frame.assign(
+        method=frame.method.where(frame.row == first, frame.method + ", " + frame.table)
+    )  # the same name, but another run
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #c10b88ef
 def _grid(heights: list[float], width: float = 5.6) -> tuple[Figure, list[Axes]]:
     "Panels of these heights, three in a row; a row is as high as its highest panel."
     n, columns = len(heights), min(3, len(heights))
-    rows = [max(heights[i:i + 3]) for i in range(0, n, 3)]
-    fig, axes = plt.subplots(len(rows), columns, figsize=(width*columns, sum(rows)), height_ratios=rows, squeeze=False)
-    for ax in axes.flat[n:]: ax.axis("off")
+    rows = [max(heights[i : i + 3]) for i in range(0, n, 3)]
+    fig, axes = plt.subplots(
+        len(rows), columns, figsize=(width * columns, sum(rows)), height_ratios=rows, squeeze=False
+    )
+    for ax in axes.flat[n:]:
+        ax.axis("off")
     return fig, list(axes.flat[:n])
+
 
 def _cut(ax: Axes, means: pd.Series):
     "Keep the lines in view where an interval, of two seeds for instance, is many times wider than all of them."
-    room = .3*(means.max() - means.min()) + 1e-3*abs(means.max())
+    room = 0.3 * (means.max() - means.min()) + 1e-3 * abs(means.max())
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, means.min() - room), min(high, means.max() + room))
+
 
 def _lines(frame: pd.DataFrame, x: str, xlabel: str, ylabel: str, most: int = 10, markers: bool = True) -> Figure:
     "A panel for each block, a line with its 95 % interval for each method."
     blocks = sorted(frame.block.unique())
-    fig, axes = _grid([3.3]*len(blocks))
+    fig, axes = _grid([3.3] * len(blocks))
     for ax, block in zip(axes, blocks):
         part = frame[frame.block == block]
         means = part.groupby("method").value.mean()
         best = list(means.nlargest(most).index)
         part = part[part.method.isin(best)]
-        sns.lineplot(part, x=x, y="value", hue="method", style="method", hue_order=best, style_order=best, palette="tab10",
-                     dashes=False, markers=markers, errorbar=bounds, err_kws=dict(alpha=.15), ax=ax)
+        sns.lineplot(
+            part,
+            x=x,
+            y="value",
+            hue="method",
+            style="method",
+            hue_order=best,
+            style_order=best,
+            palette="tab10",
+            dashes=False,
+            markers=markers,
+            errorbar=bounds,
+            err_kws=dict(alpha=0.15),
+            ax=ax,
+        )
         _cut(ax, part.groupby(["method", x]).value.mean())
-        ax.set_title(block + (f"\nthe {len(best)} best of {len(means)} methods" if len(means) > len(best) else ""), fontsize=9)
+        ax.set_title(
+            block + (f"\nthe {len(best)} best of {len(means)} methods" if len(means) > len(best) else ""), fontsize=9
+        )
         ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.grid(alpha=.3)
-        ax.legend(loc="center left", bbox_to_anchor=(1, .5), frameon=False, fontsize=7)
+        ax.grid(alpha=0.3)
+        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #455bab01
-def plot_recall(results: list[dict], # from `load_results`
-                epoch: str = "best", # or "last"
-               ) -> Figure: # a panel for each place, embedding size and noise
+def plot_recall(
+    results: list[dict],  # from `load_results`
+    epoch: str = "best",  # or "last"
+) -> Figure:  # a panel for each place, embedding size and noise
     "Recall@K over K, a line for each of the best methods, 95 % intervals over seeds."
     Ks = sorted({int(m[2:]) for m in runs_frame(results).metric.unique() if m.startswith("R@")})
     frame = pd.concat([entrants(results, f"R@{K}", epoch).assign(K=K) for K in Ks])
     fig = _lines(once(after_recipe(frame)), "K", "K", f"Recall@K, percent, {epoch} epoch")
     for ax in fig.axes:
-        if ax.axison: ax.set_xscale("log", base=2); ax.set_xticks(Ks, Ks, minor=False)
+        if ax.axison:
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(Ks, Ks, minor=False)
     return fig
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #605d9730
-def plot_learning(results: list[dict], # from `load_results`
-                  metric: str = "R@1", # a column of `history.csv`
-                 ) -> Figure: # a panel for each place, embedding size and noise
+def plot_learning(
+    results: list[dict],  # from `load_results`
+    metric: str = "R@1",  # a column of `history.csv`
+) -> Figure:  # a panel for each place, embedding size and noise
     "A metric over epochs, a line for each of the best methods, 95 % intervals over seeds."
     curves = histories(results)
-    if metric not in curves: raise unknown("column of history.csv", metric, curves.columns)
+    if metric not in curves:
+        raise unknown("column of history.csv", metric, curves.columns)
     scale = 100 if metric.startswith(("R", "MAP", "NMI")) else 1
-    curves = curves[curves[metric].notna()].assign(value=lambda c: c[metric] * scale, block=lambda c: c.section + ": " + c["where"])
+    curves = curves[curves[metric].notna()].assign(
+        value=lambda c: c[metric] * scale, block=lambda c: c.section + ": " + c["where"]
+    )
     return _lines(once(after_recipe(curves)), "epoch", "epoch", metric, markers=False)
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #a1fbaeed
-def orders(results: list[dict], # from `load_results`
-           epoch: str = "best", # or "last"
-          ) -> pd.DataFrame: # lines of `numbers` with claim and rank, one method a line, in panels "section: place"
+def orders(
+    results: list[dict],  # from `load_results`
+    epoch: str = "best",  # or "last"
+) -> pd.DataFrame:  # lines of `numbers` with claim and rank, one method a line, in panels "section: place"
     "What `plot_ranks` draws: methods that ran after their recipes in a section with two claims or more."
     table = numbers(results)
-    leads = {r.section: (claimed_metrics([x for x in results if x["table"] == r.table]) or ("",))[0] for r in table.itertuples()}
+    leads = {
+        r.section: (claimed_metrics([x for x in results if x["table"] == r.table]) or ("",))[0]
+        for r in table.itertuples()
+    }
     table = table[(table.epoch == epoch) & (table.metric == table.section.map(leads)) & table.claimed_rank.notna()]
     table = table.assign(panel=table.section + ":\n" + table["where"] + ", " + table.metric)
     return table[table.groupby("panel").method.transform("nunique") > 1]
+
 
 def _slopes(ax: Axes, part: pd.DataFrame):
     "One panel: claimed places joined with ours."
@@ -152,73 +226,103 @@ def _slopes(ax: Axes, part: pd.DataFrame):
     for i, r in part.iterrows():
         step = left[i] - right[i]
         ax.plot([0, 1], [left[i], right[i]], "o-", color="C0" if step > 1 else "C3" if step < -1 else "grey", ms=4)
-        ax.text(-.05, left[i], f"{r.method}  {r.claimed}", ha="right", va="center", fontsize=7)
+        ax.text(-0.05, left[i], f"{r.method}  {r.claimed}", ha="right", va="center", fontsize=7)
         ax.text(1.05, right[i], f"{plus_minus(r['mean'], r.half)}  {r.method}", ha="left", va="center", fontsize=7)
-    ax.set(xlim=(-1.5, 2.7), ylim=(len(part) + .6, .4))
+    ax.set(xlim=(-1.5, 2.7), ylim=(len(part) + 0.6, 0.4))
     ax.set_title(part.panel.iloc[0], fontsize=8)
     ax.axis("off")
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #82d56c73
-def plot_ranks(results: list[dict], # from `load_results`
-               epoch: str = "best", # or "last"
-              ) -> Figure: # a panel for each section and place
+def plot_ranks(
+    results: list[dict],  # from `load_results`
+    epoch: str = "best",  # or "last"
+) -> Figure:  # a panel for each section and place
     "Order of the claims (left) and of ours (right)."
     table = orders(results, epoch).assign(said=lambda t: t.claimed.astype(float))
-    if table.empty: raise ValueError("ranks need two methods of one section that have claims and ran in the same setting after their recipes.")
+    if table.empty:
+        raise ValueError(
+            "ranks need two methods of one section that have claims and ran in the same setting after their recipes."
+        )
     parts = [part for _, part in table.groupby("panel", sort=False)]
-    fig, axes = _grid([.6 + .19*len(part) for part in parts])
-    for ax, part in zip(axes, parts): _slopes(ax, part)
-    fig.suptitle(f"Order of the claims (left) and of ours (right): {epoch} epoch, percent, 95 % interval over seeds", fontsize=9)
-    fig.tight_layout(rect=(0, 0, 1, 1 - .3/fig.get_figheight()))
+    fig, axes = _grid([0.6 + 0.19 * len(part) for part in parts])
+    for ax, part in zip(axes, parts):
+        _slopes(ax, part)
+    fig.suptitle(
+        f"Order of the claims (left) and of ours (right): {epoch} epoch, percent, 95 % interval over seeds", fontsize=9
+    )
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.3 / fig.get_figheight()))
     return fig
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #e830e57e
-def rated(results: list[dict], # runs with and without noise
-          metric: str = "R@1", # or another
-          epoch: str = "best", # or "last"
-         ) -> pd.DataFrame: # `entrants` with one name for each method, its rate in percent and its size; may be empty
+def rated(
+    results: list[dict],  # runs with and without noise
+    metric: str = "R@1",  # or another
+    epoch: str = "best",  # or "last"
+) -> pd.DataFrame:  # `entrants` with one name for each method, its rate in percent and its size; may be empty
     "Methods that ran after their recipes with several rates of noise."
     frame = entrants(results, metric, epoch).query("variant == ''").drop(columns="block")
     rate = frame.noise.replace("none", "0%").str.rstrip("%").astype(float)
     frame = frame.assign(rate=rate, method=frame.row.map(plain_name), size=frame.embedding_size.astype(str) + "-d")
     return frame[frame.groupby(["method", "where", "size"]).rate.transform("nunique") > 1]
 
-def plot_noise(results: list[dict], # runs with and without noise
-               metric: str = "R@1", # or another
-               epoch: str = "best", # or "last"
-              ) -> Figure: # a panel for each setting and size, and one for the claims
+
+def plot_noise(
+    results: list[dict],  # runs with and without noise
+    metric: str = "R@1",  # or another
+    epoch: str = "best",  # or "last"
+) -> Figure:  # a panel for each setting and size, and one for the claims
     "A metric over the share of wrong training labels, 95 % intervals over seeds."
     frame = rated(results, metric, epoch)
-    if frame.empty: raise ValueError("no method ran with several rates of label noise: run Table 002-V.")
-    said = frame[~frame.claimed.isin(["", "-"]) & ~frame.own & frame.table.isin(["002-IV", "002-V"])].drop_duplicates(["method", "rate", "size"])
+    if frame.empty:
+        raise ValueError("no method ran with several rates of label noise: run Table 002-V.")
+    said = frame[~frame.claimed.isin(["", "-"]) & ~frame.own & frame.table.isin(["002-IV", "002-V"])].drop_duplicates(
+        ["method", "rate", "size"]
+    )
     on = said.row.map(lambda id: row_of(id).dataset)
-    said = said.assign(value=said.claimed.astype(float), block="claimed on " + on + ", " + said["size"] + "\n(another backbone and regime)")
-    ours = frame.assign(block="ours: " + frame["where"] + ", " + frame["size"]).drop_duplicates(["block", "method", "rate", "seed"])
-    return _lines(pd.concat([ours, said]), "rate", "wrong training labels, percent", f"{metric}, percent, {epoch} epoch")
+    said = said.assign(
+        value=said.claimed.astype(float),
+        block="claimed on " + on + ", " + said["size"] + "\n(another backbone and regime)",
+    )
+    ours = frame.assign(block="ours: " + frame["where"] + ", " + frame["size"]).drop_duplicates(
+        ["block", "method", "rate", "seed"]
+    )
+    return _lines(
+        pd.concat([ours, said]), "rate", "wrong training labels, percent", f"{metric}, percent, {epoch} epoch"
+    )
 
 # %% ../../nbs/70_experiments/14_plots.ipynb #32ec07d8
 def _rest(settings: dict, key: str) -> str:
     "All settings but one, as text."
     return json.dumps({k: v for k, v in known_settings(settings).items() if k != key}, sort_keys=True, default=str)
 
-def sweep_frame(results: list[dict], # from `load_results`
-                key: str, # the swept setting
-                metric: str = "R@1", # or another
-                epoch: str = "best", # or "last"
-               ) -> pd.DataFrame: # `entrants` with the value of the setting under its name; only experiments with several values
+
+def sweep_frame(
+    results: list[dict],  # from `load_results`
+    key: str,  # the swept setting
+    metric: str = "R@1",  # or another
+    epoch: str = "best",  # or "last"
+) -> pd.DataFrame:  # `entrants` with the value of the setting under its name; only experiments with several values
     "Runs that differ in one setting."
     by_folder = {r["folder"]: r["settings"] for r in results if key in known_settings(r["settings"])}
     frame = entrants(results, metric, epoch)
     frame = frame[frame.folder.isin(by_folder)]
-    values = dict(rest=[_rest(by_folder[f], key) for f in frame.folder]) | {key: [value_of(by_folder[f], key) for f in frame.folder]}
+    values = dict(rest=[_rest(by_folder[f], key) for f in frame.folder]) | {
+        key: [value_of(by_folder[f], key) for f in frame.folder]
+    }
     frame = frame.assign(**values)
-    frame = frame[frame.groupby(["row", "rest"])[key].transform("nunique") > 1].drop_duplicates(["block", "row", "rest", key, "seed"])
+    frame = frame[frame.groupby(["row", "rest"])[key].transform("nunique") > 1].drop_duplicates(
+        ["block", "row", "rest", key, "seed"]
+    )
     if frame.empty:
-        raise ValueError(f"no two runs differ in {key!r} alone: `dml_nb run ... --set {key}=VALUE` with several values makes a sweep.")
+        raise ValueError(
+            f"no two runs differ in {key!r} alone: `dml_nb run ... --set {key}=VALUE` with several values makes a sweep."
+        )
     return frame
 
-def swept(results: list[dict], # from `load_results`
-         ) -> list[str]: # names of settings
+
+def swept(
+    results: list[dict],  # from `load_results`
+) -> list[str]:  # names of settings
     "Settings that were swept: three numbers or more, all else equal."
     keys, found = {key for r in results for key in flat(r["settings"])}, {}
     for r in results:
@@ -233,15 +337,18 @@ def _spaced(frame: pd.DataFrame, key: str) -> pd.DataFrame:
     "The swept values as numbers where one axis can hold them, else as text in their order."
     values = sorted(frame[key].unique(), key=lambda v: (isinstance(v, str), v))
     positive = [v for v in values if not isinstance(v, str) and v > 0]
-    if len(positive) >= len(values) - 1 and max(positive) <= 20*min(positive): return frame
+    if len(positive) >= len(values) - 1 and max(positive) <= 20 * min(positive):
+        return frame
     frame = frame.sort_values(key, key=lambda column: column.map(values.index))
     return frame.assign(**{key: frame[key].map(lambda v: v if isinstance(v, str) else f"{v:g}")})
 
-def plot_sweep(results: list[dict], # from `load_results`
-               key: str, # the swept setting
-               metric: str = "R@1", # or another
-               epochs: tuple[str, ...] = ("best", "last"), # a line each
-              ) -> Figure: # a panel for each section and place
+
+def plot_sweep(
+    results: list[dict],  # from `load_results`
+    key: str,  # the swept setting
+    metric: str = "R@1",  # or another
+    epochs: tuple[str, ...] = ("best", "last"),  # a line each
+) -> Figure:  # a panel for each section and place
     "A metric over a swept setting, 95 % intervals over seeds."
     frame = pd.concat([sweep_frame(results, key, metric, e) for e in epochs])
     frame["method"] = frame.method + ", " + frame.epoch + " epoch"

@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 
 import pandas as pd
 
-from .tables import Row, all_rows, missing, recipes
 from .recipes import layers, loss_defaults, settings_for, training_of
+from .tables import Row, all_rows, missing, recipes
 from ..losses.base import list_presets
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #02280142
@@ -19,6 +19,7 @@ def _elsewhere(row: Row, dataset: str, text: str) -> str:
     "What is stated of other data sets only is a guess here."
     only = training_of(row).get("only", [dataset])
     return text if dataset in only else f"guess: as on {' and '.join(only)}: {text.removeprefix('guess: ')}"
+
 
 def _training_source(row: Row, dataset: str, layer: str, key: str) -> str:
     training = training_of(row)
@@ -29,45 +30,62 @@ def _training_source(row: Row, dataset: str, layer: str, key: str) -> str:
 def _common_source(row: Row, dataset: str, layer: str, key: str) -> str:
     "Of a value that all methods share unless they have an account of their own."
     known, training = recipes(), training_of(row)
-    if dataset in known["alike"] and f"{layer}/{dataset}" in known["sources"]: layer = f"{layer}/{dataset}"
+    if dataset in known["alike"] and f"{layer}/{dataset}" in known["sources"]:
+        layer = f"{layer}/{dataset}"
     sources = known["sources"].get(layer, known["sources"]["search"])
     text = sources.get(key, sources["*"])
-    if not layer.startswith("finetune") or key in ("recall_at", "holdout") or dataset in known["alike"]: return text
-    if key in training and layer == "finetune": return _elsewhere(row, dataset, training[key])
+    if not layer.startswith("finetune") or key in ("recall_at", "holdout") or dataset in known["alike"]:
+        return text
+    if key in training and layer == "finetune":
+        return _elsewhere(row, dataset, training[key])
     return ": ".join(filter(None, (training.get("*"), text)))
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #c0114929
 def _layer_source(row: Row, dataset: str, layer: str, key: str) -> str:
     "The source of a value of a layer."
-    if layer == "loss": return row.recipe["source"]
-    if layer.startswith("loss on"): return row.recipe["on"][dataset]["source"]
-    if layer.startswith("training"): return _training_source(row, dataset, layer, key)
-    if layer == "method": return _elsewhere(row, dataset, training_of(row).get(key, row.recipe["source"]))
+    if layer == "loss":
+        return row.recipe["source"]
+    if layer.startswith("loss on"):
+        return row.recipe["on"][dataset]["source"]
+    if layer.startswith("training"):
+        return _training_source(row, dataset, layer, key)
+    if layer == "method":
+        return _elsewhere(row, dataset, training_of(row).get(key, row.recipe["source"]))
     return _common_source(row, dataset, layer, key)
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #b5c68461
-def _last_layer(row: Row, settings: dict) -> dict[str, str]: # setting -> layer that sets it
+def _last_layer(row: Row, settings: dict) -> dict[str, str]:  # setting -> layer that sets it
     found = {}
     for name, values in layers(row, settings["dataset"], settings["backbone"], settings["regime"]):
-        found |= {key if key in settings and not name.startswith("loss") else f"loss.{key.removeprefix('loss.')}": name for key in values}
+        found |= {
+            key if key in settings and not name.startswith("loss") else f"loss.{key.removeprefix('loss.')}": name
+            for key in values
+        }
     return found
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #9ff9e93a
 def _default_source(loss: str, key: str) -> str:
     "Where a parameter of a loss that no recipe sets has its value from."
-    stated = [entry[key] for pattern, entry in recipes()["parameters"].items() if fnmatch(loss, pattern) and key in entry]
+    stated = [
+        entry[key] for pattern, entry in recipes()["parameters"].items() if fnmatch(loss, pattern) and key in entry
+    ]
     return stated[0] if stated else "guess: default of the loss (its notebook)"
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #f58aab1b
-def _derived(row: Row, settings: dict) -> dict[str, str]: # setting -> source
+def _derived(row: Row, settings: dict) -> dict[str, str]:  # setting -> source
     "Values that follow from the row or from other values rather than from a layer."
+
     def of_row(key):
-        if (stated := getattr(row, key)) is None: return "guess: not stated by the source"
+        if (stated := getattr(row, key)) is None:
+            return "guess: not stated by the source"
         return "asked for" if settings[key] != stated else "ours: no table has it" if row.table == "own" else row.table
+
     out = {key: of_row(key) for key in ("dataset", "backbone", "embedding_size")}
     out |= dict(loss=row.recipe["source"], regime="asked for, or the papers'")
-    if "noise" in settings: out["noise"] = row.table if row.noise != "none" else "asked for"
-    if "noise_rate" in settings["params"]: out["loss.noise_rate"] = "the rate of the row: the method is told it"
+    if "noise" in settings:
+        out["noise"] = row.table if row.noise != "none" else "asked for"
+    if "noise_rate" in settings["params"]:
+        out["loss.noise_rate"] = "the rate of the row: the method is told it"
     if "start_epoch" in settings["params"]:
         layer = _last_layer(row, settings).get("loss.start_fraction")
         fifth = "CP: epoch 12 of 60, kept at the same fifth"
@@ -75,68 +93,91 @@ def _derived(row: Row, settings: dict) -> dict[str, str]: # setting -> source
     return out
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #633d19ca
-def _values(settings: dict) -> dict: # "loss.alpha" -> value
+def _values(settings: dict) -> dict:  # "loss.alpha" -> value
     "All settings, and all parameters of the loss, those of its preset and its defaults included."
     loss, given = settings["loss"], settings["params"]
     params = loss_defaults(loss) | list_presets(loss).get(given.get("preset"), {}) | given
     return {k: v for k, v in settings.items() if k != "params"} | {f"loss.{k}": v for k, v in params.items()}
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #4fb8e574
-def _source(row: Row, settings: dict, name: str, layer: dict[str, str]) -> str: # layer: setting -> layer that sets it
+def _source(row: Row, settings: dict, name: str, layer: dict[str, str]) -> str:  # layer: setting -> layer that sets it
     "The source of one value that was neither asked for nor derived."
     key, loss, given = name.removeprefix("loss."), settings["loss"], settings["params"]
-    if name == key or key in given: return _layer_source(row, settings["dataset"], layer[name], key)
-    if key in list_presets(loss).get(given.get("preset"), {}): return _layer_source(row, settings["dataset"], layer["loss.preset"], "preset")
+    if name == key or key in given:
+        return _layer_source(row, settings["dataset"], layer[name], key)
+    if key in list_presets(loss).get(given.get("preset"), {}):
+        return _layer_source(row, settings["dataset"], layer["loss.preset"], "preset")
     return _default_source(loss, key)
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #c6357b50
 def _spelt_out(settings: dict) -> dict[str, str]:
     "Optimiser, sampler and crops in words."
-    k, train = settings.get("per_class"), dict(rrc="random resized crop", resize="resize, random crop")[settings["train_crop"]]
+    k, train = (
+        settings.get("per_class"),
+        dict(rrc="random resized crop", resize="resize, random crop")[settings["train_crop"]],
+    )
     crops = f"training: {train} and flip; test: resize, centre crop"
-    if settings["regime"] == "frozen": crops = "one centre crop, features computed once"
-    elif settings["dataset"] == "glyphs" and settings["backbone"] == "small_cnn": crops = "training: shifted by a few pixels; test: as it is"
-    sampler = "random, last batch dropped" if k is None else f"{settings['batch_size']//k} classes of {k} images"
+    if settings["regime"] == "frozen":
+        crops = "one centre crop, features computed once"
+    elif settings["dataset"] == "glyphs" and settings["backbone"] == "small_cnn":
+        crops = "training: shifted by a few pixels; test: as it is"
+    sampler = "random, last batch dropped" if k is None else f"{settings['batch_size'] // k} classes of {k} images"
     return recipes()["fixed"] | dict(sampler=sampler, crops=crops)
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #a22a66a3
-def explain(row: Row, # with a recipe
-            dataset: str | None = None, # None: the row's own
-            backbone: str | None = None, # None: the row's own
-            regime: str = "finetune", # or "frozen"
-            **overrides, # as for `settings_for`
-           ) -> pd.DataFrame: # setting x (value, source, guess)
+def explain(
+    row: Row,  # with a recipe
+    dataset: str | None = None,  # None: the row's own
+    backbone: str | None = None,  # None: the row's own
+    regime: str = "finetune",  # or "frozen"
+    **overrides,  # as for `settings_for`
+) -> pd.DataFrame:  # setting x (value, source, guess)
     "Every value of a run with its source."
     settings = settings_for(row, dataset, backbone, regime, **overrides)
     layer, values, spelt = _last_layer(row, settings), _values(settings), _spelt_out(settings)
-    sources = _derived(row, settings) | dict.fromkeys((name for name in values if {name, name.removeprefix("loss.")} & {*overrides}), "asked for")
+    sources = _derived(row, settings) | dict.fromkeys(
+        (name for name in values if {name, name.removeprefix("loss.")} & {*overrides}), "asked for"
+    )
     sources |= {name: _source(row, settings, name, layer) for name in values if name not in sources}
     sources |= {name: _layer_source(row, settings["dataset"], regime, name) for name in spelt}
-    if "per_class" in settings: sources["sampler"] = sources["per_class"]
+    if "per_class" in settings:
+        sources["sampler"] = sources["per_class"]
     lines = [(name, value, sources[name]) for name, value in (values | spelt).items()]
     frame = pd.DataFrame(lines, columns=["setting", "value", "source"]).set_index("setting")
     return frame.assign(guess=frame.source.str.startswith("guess"))
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #de1331e8
-def _same_method() -> dict[str, int]: # name -> number of its group
+def _same_method() -> dict[str, int]:  # name -> number of its group
     known = recipes()
     return {name: i for i, entry in enumerate(known["methods"] + known["missing"]) for name in entry["names"]}
 
+
 def _comparable(a: Row, b: Row) -> bool:
     group = _same_method()
-    def fits(x, y): return x is None or y is None or x == y
-    return (group.get(a.method, a.method) == group.get(b.method, b.method) and (a.dataset, a.noise) == (b.dataset, b.noise)
-            and fits(a.embedding_size, b.embedding_size) and fits(a.backbone, b.backbone))
+
+    def fits(x, y):
+        return x is None or y is None or x == y
+
+    return (
+        group.get(a.method, a.method) == group.get(b.method, b.method)
+        and (a.dataset, a.noise) == (b.dataset, b.noise)
+        and fits(a.embedding_size, b.embedding_size)
+        and fits(a.backbone, b.backbone)
+    )
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #26a440ab
 def _agrees(row: Row, metric: str) -> bool:
     "Does a row without a stated backbone say what some row with one says?"
-    return row.backbone is None and any(other.backbone and other.claimed.get(metric) == row.claimed.get(metric)
-                                        for other in all_rows().values() if other.table != row.table and _comparable(row, other))
+    return row.backbone is None and any(
+        other.backbone and other.claimed.get(metric) == row.claimed.get(metric)
+        for other in all_rows().values()
+        if other.table != row.table and _comparable(row, other)
+    )
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #ac28f774
-def contradictions(row: Row, # any row
-                  ) -> list[str]: # "R@8 is 82.6 here, 86.2 in 001-T1 and 002-IV"
+def contradictions(
+    row: Row,  # any row
+) -> list[str]:  # "R@8 is 82.6 here, 86.2 in 001-T1 and 002-IV"
     "Where other tables claim another value for the same thing."
     out, others = [], [other for other in all_rows().values() if other.table != row.table and _comparable(row, other)]
     for metric, value in row.claimed.items():
@@ -144,8 +185,13 @@ def contradictions(row: Row, # any row
         for other in others:
             theirs = other.claimed.get(metric, "-")
             excused = (other.backbone and _agrees(row, metric)) or (row.backbone and _agrees(other, metric))
-            if "-" not in (value, theirs) and theirs != value and not excused: tables.setdefault(theirs, []).append(other.table)
-        if tables: out.append(f"{metric} is {value} here, " + ", ".join(f"{v} in {' and '.join(names)}" for v, names in tables.items()))
+            if "-" not in (value, theirs) and theirs != value and not excused:
+                tables.setdefault(theirs, []).append(other.table)
+        if tables:
+            out.append(
+                f"{metric} is {value} here, "
+                + ", ".join(f"{v} in {' and '.join(names)}" for v, names in tables.items())
+            )
     return out
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #847e485c
@@ -153,20 +199,28 @@ def _head(row: Row) -> list[str]:
     "What the source says of a row, and what is odd about it."
     claimed = ", ".join(f"{m} {v}" for m, v in row.claimed.items())
     table = f"{row.table}, printed row {row.printed!r}" if claimed else "none: a loss by itself"
-    return [row.id, f"  method      {row.method}", f"  table       {table}",
-            f"  data set    {row.dataset}" + ("" if row.noise == "none" else f", {row.noise} of the labels wrong"),
-            f"  backbone    {row.backbone or 'not stated'}", f"  embedding   {row.embedding_size or 'size not stated'}",
-            f"  claimed     {claimed} (percent; - is a gap in the source)" if claimed else "  claimed     nothing",
-            *(f"  note        {note}" for note in row.notes), *(f"  contradicts {text}" for text in contradictions(row))]
+    return [
+        row.id,
+        f"  method      {row.method}",
+        f"  table       {table}",
+        f"  data set    {row.dataset}" + ("" if row.noise == "none" else f", {row.noise} of the labels wrong"),
+        f"  backbone    {row.backbone or 'not stated'}",
+        f"  embedding   {row.embedding_size or 'size not stated'}",
+        f"  claimed     {claimed} (percent; - is a gap in the source)" if claimed else "  claimed     nothing",
+        *(f"  note        {note}" for note in row.notes),
+        *(f"  contradicts {text}" for text in contradictions(row)),
+    ]
 
 # %% ../../nbs/70_experiments/04_provenance.ipynb #3343abd8
-def describe(row: Row, # any row
-             dataset: str | None = None, # None: the row's own
-             backbone: str | None = None, # None: the row's own
-             regime: str = "finetune", # or "frozen"
-            ) -> str: # lines of text
+def describe(
+    row: Row,  # any row
+    dataset: str | None = None,  # None: the row's own
+    backbone: str | None = None,  # None: the row's own
+    regime: str = "finetune",  # or "frozen"
+) -> str:  # lines of text
     "What the source claims, what is odd about it, whether it can run, and its recipe with sources."
-    if why := missing(row, dataset, backbone): return "\n".join([*_head(row), f"  cannot run  {why}"])
+    if why := missing(row, dataset, backbone):
+        return "\n".join([*_head(row), f"  cannot run  {why}"])
     frame = explain(row, dataset, backbone, regime)
     wide = max(map(len, frame.index))
     lines = [f"  {name:{wide}}  {str(line.value):24}  {line.source}" for name, line in frame.iterrows()]

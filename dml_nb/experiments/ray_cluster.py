@@ -27,45 +27,68 @@ from .run_store import run_folder
 def _ray():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try: import ray
-    except ImportError: raise ValueError("--cluster needs Ray: pip install 'dml_nb[cluster]'.") from None
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--cluster needs Ray: pip install 'dml_nb[cluster]'.") from None
     return ray
 
-def check_address(address: str, # "auto", "host:port" or "ray://host:port"
-                  patience: float = 5, # seconds
-                 ):
+
+def check_address(
+    address: str,  # "auto", "host:port" or "ray://host:port"
+    patience: float = 5,  # seconds
+):
     "Raise `ValueError` unless something answers there."
-    if address == "auto": return
+    if address == "auto":
+        return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal(): raise ValueError(f"--cluster wants local, auto or host:port, got {address!r}: for instance --cluster 10.0.0.1:6379.")
-    try: socket.create_connection((host, int(port)), patience).close()
-    except OSError as e: raise ValueError(f"the cluster at {address} does not answer ({e}): is it running (ray start --head), and is the port the right one?") from None
+    if not colon or not port.isdecimal():
+        raise ValueError(
+            f"--cluster wants local, auto or host:port, got {address!r}: for instance --cluster 10.0.0.1:6379."
+        )
+    try:
+        socket.create_connection((host, int(port)), patience).close()
+    except OSError as e:
+        raise ValueError(
+            f"the cluster at {address} does not answer ({e}): is it running (ray start --head), and is the port the right one?"
+        ) from None
 
 # %% ../../nbs/70_experiments/10_ray_cluster.ipynb #f5c184b1
 @contextmanager
-def connected(address: str, # "local": Ray on this machine, for this batch; "auto" or an address: a cluster that runs
-              patience: float = 12, # seconds to wait for an answer
-             ):
+def connected(
+    address: str,  # "local": Ray on this machine, for this batch; "auto" or an address: a cluster that runs
+    patience: float = 12,  # seconds to wait for an answer
+):
     "The `ray` module, connected; disconnected and, if local, ended afterwards."
     ray, folder = _ray(), None
     quiet = dict(log_to_driver=False, logging_level="ERROR", configure_logging=False)
     if address == "local":
-        folder = mkdtemp(prefix="dml_nb_ray_") # short: sockets live in it
+        folder = mkdtemp(prefix="dml_nb_ray_")  # short: sockets live in it
         ray.init(include_dashboard=False, _temp_dir=folder, **quiet)
     else:
         check_address(address)
         _connect(ray, address, patience, quiet)
-    try: yield ray
+    try:
+        yield ray
     finally:
         ray.shutdown()
-        if folder: shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
 
 def _connect(ray, address: str, patience: float, options: dict):
     "`ray.init`, tried first in a process that can be given up."
     trial = f"import ray; ray.init({address!r}, log_to_driver=False, logging_level='ERROR', configure_logging=False)"
-    try: done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, timeout=patience)
-    except subprocess.TimeoutExpired: raise ValueError(f"the cluster at {address} does not answer as Ray within {patience:.0f} s: is the port that of ray start --head?") from None
-    if done.returncode: raise ValueError(f"the cluster at {address} cannot be used from here: {(done.stderr.strip().splitlines() or ['it closed the connection'])[-1]}")
+    try:
+        done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"the cluster at {address} does not answer as Ray within {patience:.0f} s: is the port that of ray start --head?"
+        ) from None
+    if done.returncode:
+        raise ValueError(
+            f"the cluster at {address} cannot be used from here: {(done.stderr.strip().splitlines() or ['it closed the connection'])[-1]}"
+        )
     ray.init(address, **options)
 
 # %% ../../nbs/70_experiments/10_ray_cluster.ipynb #98a5ac15
@@ -73,16 +96,23 @@ def _work(number: int, job: Job, out: str, token: str, retries: int, environment
     "What a worker does: say where it is, check that it sees the results, run the job."
     where = f"{socket.gethostname()} (process {os.getpid()})"
     board.tell.remote(number, where)
-    if not Path(out, ".locks", token).exists(): return f"{job.rows[0].id}, seed {job.seed}: {where} does not see {out}: the results must be on storage that all machines share."
+    if not Path(out, ".locks", token).exists():
+        return f"{job.rows[0].id}, seed {job.seed}: {where} does not see {out}: the results must be on storage that all machines share."
     os.environ |= environment
     done = attempt(job, Path(out), retries, lambda text: board.tell.remote(number, where, text))
     return str(done) if isinstance(done, RunFailed) else done
 
+
 class _Board:
     "What workers told, in order."
-    def __init__(self): self.news = []
-    def tell(self, number: int, where: str, text: str = ""): self.news.append((number, where, text))
-    def read(self) -> list: # of (job, where, text), each once
+
+    def __init__(self):
+        self.news = []
+
+    def tell(self, number: int, where: str, text: str = ""):
+        self.news.append((number, where, text))
+
+    def read(self) -> list:  # of (job, where, text), each once
         news, self.news = self.news, []
         return news
 
@@ -90,36 +120,51 @@ class _Board:
 @dataclass(frozen=True)
 class Cluster:
     "Where to run, and what one row gets."
-    address: str = "local" # "local", "auto", "host:port" or "ray://host:port"
-    num_cpus: float = 1 # per row
-    num_gpus: float | None = None # per row; None: one if the cluster has GPUs
-    memory: float | None = None # GiB per row; None: not counted
 
-    def _needs(self, ray) -> dict: # resources of a task
+    address: str = "local"  # "local", "auto", "host:port" or "ray://host:port"
+    num_cpus: float = 1  # per row
+    num_gpus: float | None = None  # per row; None: one if the cluster has GPUs
+    memory: float | None = None  # GiB per row; None: not counted
+
+    def _needs(self, ray) -> dict:  # resources of a task
         "What a task asks for, checked: some node must have it."
         gpus = (1 if ray.cluster_resources().get("GPU") else 0) if self.num_gpus is None else self.num_gpus
-        needs = dict(CPU=self.num_cpus, GPU=gpus, memory=(self.memory or 0)*2**30)
-        if not any(all(node["Resources"].get(k, 0) >= v for k, v in needs.items()) for node in ray.nodes() if node["Alive"]):
-            raise ValueError(f"no machine of the cluster has {self.num_cpus:g} CPUs, {gpus:g} GPUs and {self.memory or 0:g} GiB for a row: ask for less with --num-cpus, --num-gpus or --memory.")
+        needs = dict(CPU=self.num_cpus, GPU=gpus, memory=(self.memory or 0) * 2**30)
+        if not any(
+            all(node["Resources"].get(k, 0) >= v for k, v in needs.items()) for node in ray.nodes() if node["Alive"]
+        ):
+            raise ValueError(
+                f"no machine of the cluster has {self.num_cpus:g} CPUs, {gpus:g} GPUs and {self.memory or 0:g} GiB for a row: ask for less with --num-cpus, --num-gpus or --memory."
+            )
         return dict(num_cpus=self.num_cpus, num_gpus=gpus) | (dict(memory=int(needs["memory"])) if self.memory else {})
 
 # %% ../../nbs/70_experiments/10_ray_cluster.ipynb #94116acd
 @patch
-def run(self: Cluster,
-        jobs: list[Job], # from `plan`
-        out: str | Path, # top folder of results, seen by all machines
-        retries: int = 1, # how often a job whose process was killed is tried again
-       ) -> Iterator[tuple[int, object]]: # (job, where it started, its outcomes or `RunFailed`), as things happen
+def run(
+    self: Cluster,
+    jobs: list[Job],  # from `plan`
+    out: str | Path,  # top folder of results, seen by all machines
+    retries: int = 1,  # how often a job whose process was killed is tried again
+) -> Iterator[tuple[int, object]]:  # (job, where it started, its outcomes or `RunFailed`), as things happen
     "Run jobs as Ray tasks."
     out = Path(out).resolve()
-    (out/".locks").mkdir(parents=True, exist_ok=True)
-    passed = {k: v if k == "OMP_NUM_THREADS" else os.path.abspath(v) for k in ("DML_NB_DATA", "DML_NB_CACHE", "OMP_NUM_THREADS") if (v := os.environ.get(k))}
-    with connected(self.address) as ray, NamedTemporaryFile(dir=out/".locks", prefix="batch-") as token:
+    (out / ".locks").mkdir(parents=True, exist_ok=True)
+    passed = {
+        k: v if k == "OMP_NUM_THREADS" else os.path.abspath(v)
+        for k in ("DML_NB_DATA", "DML_NB_CACHE", "OMP_NUM_THREADS")
+        if (v := os.environ.get(k))
+    }
+    with connected(self.address) as ray, NamedTemporaryFile(dir=out / ".locks", prefix="batch-") as token:
         board = ray.remote(_Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         task = ray.remote(_work).options(max_retries=retries, **self._needs(ray))
-        pending = {task.remote(i, job, str(out), Path(token.name).name, retries, passed, board): i for i, job in enumerate(jobs)}
-        try: yield from _watch(ray, jobs, out, pending, board)
-        finally: _cancel(ray, list(pending))
+        pending = {
+            task.remote(i, job, str(out), Path(token.name).name, retries, passed, board): i
+            for i, job in enumerate(jobs)
+        }
+        try:
+            yield from _watch(ray, jobs, out, pending, board)
+        finally:
+            _cancel(ray, list(pending))
 
 # %% ../../nbs/70_experiments/10_ray_cluster.ipynb #9f883c8e
 def _lost(job: Job, out: Path, error: Exception) -> RunFailed:
@@ -128,23 +173,30 @@ def _lost(job: Job, out: Path, error: Exception) -> RunFailed:
     folder.mkdir(parents=True, exist_ok=True)
     return write_failure(job, job.rows[0], folder, RunFailed(f"its worker was lost too often ({type(error).__name__})"))
 
+
 def _watch(ray, jobs: list[Job], out: Path, pending: dict, board) -> Iterator[tuple[int, object]]:
     "Tell what happens until nothing is pending."
     begun = {}
     while pending:
-        ready, _ = ray.wait(list(pending), timeout=.5)
+        ready, _ = ray.wait(list(pending), timeout=0.5)
         for i, where, text in ray.get(board.read.remote()):
             yield i, text or (f"{begun[i]} was lost; resumed on {where}" if i in begun else f"on {where}")
             begun[i] = where
         for ref in ready:
             i = pending.pop(ref)
-            try: what = ray.get(ref)
-            except ray.exceptions.RayTaskError as e: raise e.cause if isinstance(e.cause, (OSError, ValueError)) else e # words for people
-            except ray.exceptions.RayError as e: what = str(_lost(jobs[i], out, e))
+            try:
+                what = ray.get(ref)
+            except ray.exceptions.RayTaskError as e:
+                raise e.cause if isinstance(e.cause, (OSError, ValueError)) else e  # words for people
+            except ray.exceptions.RayError as e:
+                what = str(_lost(jobs[i], out, e))
             yield i, RunFailed(what) if isinstance(what, str) else what
+
 
 def _cancel(ray, pending: list):
     "Interrupt what still runs, kindly first, so that kernels end with their workers."
     for force in (False, True):
-        for ref in pending: ray.cancel(ref, force=force)
-        if pending: _, pending = ray.wait(pending, num_returns=len(pending), timeout=5)
+        for ref in pending:
+            ray.cancel(ref, force=force)
+        if pending:
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=5)

@@ -10,110 +10,146 @@ from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 
+from ..core.similarity import unknown
 from ..data import list_datasets
 from .checks import check_settings, check_types, noise_rate
 from .tables import Row, is_folder, missing, recipes
 from ..losses import base as core
 from ..models import list_backbones
-from ..core.similarity import unknown
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #cc06ad6e
-OPTIONAL = ("on_corrupt", "per_class", "noise") # training settings that stand in the table only where they are set
+OPTIONAL = ("on_corrupt", "per_class", "noise")  # training settings that stand in the table only where they are set
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #53cee680
-def training_of(row: Row) -> dict: # setting -> source; "finetune": values; "only": the data sets for which it is stated
+def training_of(
+    row: Row,
+) -> dict:  # setting -> source; "finetune": values; "only": the data sets for which it is stated
     "How the source of a method trains it."
     return recipes()["training"].get(row.recipe.get("training"), {})
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #0f9099dd
-def layers(row: Row, # with a recipe
-           dataset: str, # to run on
-           backbone: str, # to run with
-           regime: str, # "finetune" or "frozen"
-          ) -> list[tuple[str, dict]]: # (name of the layer, its values); later ones win
+def layers(
+    row: Row,  # with a recipe
+    dataset: str,  # to run on
+    backbone: str,  # to run with
+    regime: str,  # "finetune" or "frozen"
+) -> list[tuple[str, dict]]:  # (name of the layer, its values); later ones win
     "The settings that are laid over each other, before those asked for."
     known, recipe = recipes(), row.recipe
     training = {} if dataset in known["alike"] else training_of(row).get(regime, {})
     found = [f"{regime}/{dataset}/{backbone}", f"{regime}/{dataset}/{backbone}/{recipe['loss']}"]
-    out = {name: known["settings"].get(name) for name in (regime, f"{regime}/{dataset}")} | dict(method=recipe.get("settings"))
+    out = {name: known["settings"].get(name) for name in (regime, f"{regime}/{dataset}")} | dict(
+        method=recipe.get("settings")
+    )
     out |= {"training": training.get("*"), f"training on {backbone}": training.get(backbone)}
     out |= {name: known["settings"].get(name) for name in found}
     out |= dict(loss=recipe["params"]) | {f"loss on {dataset}": recipe.get("on", {}).get(dataset, {}).get("params")}
     return [(name, values) for name, values in out.items() if values is not None]
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #ccbb37ef
-def loss_defaults(loss: str # name of a loss
-                 ) -> dict: # parameter -> value
+def loss_defaults(
+    loss: str,  # name of a loss
+) -> dict:  # parameter -> value
     "The parameters that a loss takes besides the sizes."
-    return {k: p.default for k, p in signature(core._registry[loss]).parameters.items() if k not in ("num_classes", "embedding_size")}
+    return {
+        k: p.default
+        for k, p in signature(core._registry[loss]).parameters.items()
+        if k not in ("num_classes", "embedding_size")
+    }
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #29205d6e
 def _check_regime(regime: str):
-    if regime not in ("finetune", "frozen"): raise unknown("regime", regime, ("finetune", "frozen"))
+    if regime not in ("finetune", "frozen"):
+        raise unknown("regime", regime, ("finetune", "frozen"))
 
-def check_keys(rows: list[Row], # that are to be run; those without a recipe are left out
-               keys: Iterable[str], # settings asked for
-               regime: str = "finetune", # or "frozen"
-              ):
+
+def check_keys(
+    rows: list[Row],  # that are to be run; those without a recipe are left out
+    keys: Iterable[str],  # settings asked for
+    regime: str = "finetune",  # or "frozen"
+):
     "Raise `ValueError` for a key that not all of these rows know."
     _check_regime(regime)
-    common, losses = {*recipes()["settings"][regime], *OPTIONAL, "embedding_size"}, {row.recipe["loss"] for row in rows if row.recipe}
+    common, losses = (
+        {*recipes()["settings"][regime], *OPTIONAL, "embedding_size"},
+        {row.recipe["loss"] for row in rows if row.recipe},
+    )
     takes = {loss: {*loss_defaults(loss)} for loss in sorted(losses)}
     for key in keys:
         having = [loss for loss, params in takes.items() if key.removeprefix("loss.") in params]
-        if key in common or len(having) == len(takes): continue
-        if not having: raise unknown("setting", key, common.union(*takes.values()))
+        if key in common or len(having) == len(takes):
+            continue
+        if not having:
+            raise unknown("setting", key, common.union(*takes.values()))
         without = ", ".join(loss for loss in takes if loss not in having)
         raise ValueError(f"{key} is a parameter of {', '.join(having)} but not of {without}: run these rows apart.")
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #f3bde6e4
-def _place(row: Row, dataset: str | None, backbone: str | None, regime: str) -> tuple[str, str]: # data set, backbone
+def _place(row: Row, dataset: str | None, backbone: str | None, regime: str) -> tuple[str, str]:  # data set, backbone
     "Where a row runs, if it can."
     _check_regime(regime)
     if dataset and dataset not in {*list_datasets(), *recipes()["datasets"].values()} and not is_folder(dataset):
         raise unknown("data set", dataset, list_datasets())
-    if backbone and backbone not in list_backbones(): raise unknown("backbone", backbone, list_backbones())
+    if backbone and backbone not in list_backbones():
+        raise unknown("backbone", backbone, list_backbones())
     if why := missing(row, dataset, backbone):
         remedy = f"Readers exist for {', '.join(list_datasets())}; other data as a folder with a folder for each class: --dataset PATH."
-        raise ValueError(f"the row {row.id} cannot run here: {why}. " + (remedy if "data set" in why else "`dml_nb rows` lists what can."))
+        raise ValueError(
+            f"the row {row.id} cannot run here: {why}. "
+            + (remedy if "data set" in why else "`dml_nb rows` lists what can.")
+        )
     dataset = dataset or row.dataset
-    if is_folder(dataset): dataset = str(Path(dataset).expanduser().resolve()) # the kernel works in another folder
+    if is_folder(dataset):
+        dataset = str(Path(dataset).expanduser().resolve())  # the kernel works in another folder
     return dataset, backbone or row.backbone or "bn_inception"
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #e3fdb64f
-def _laid(row: Row, dataset: str, backbone: str, regime: str) -> tuple[dict, dict]: # settings, parameters of the loss
+def _laid(row: Row, dataset: str, backbone: str, regime: str) -> tuple[dict, dict]:  # settings, parameters of the loss
     "The layers, each value where it belongs."
     known, loss = {*recipes()["settings"][regime], *OPTIONAL, "start_fraction"}, row.recipe["loss"]
-    out, params = dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=row.embedding_size or 512, loss=loss), {}
+    out, params = (
+        dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=row.embedding_size or 512, loss=loss),
+        {},
+    )
     for name, values in layers(row, dataset, backbone, regime):
-        for key, value in values.items(): (out if key in known and not name.startswith("loss") else params)[key.removeprefix("loss.")] = value
-    if row.noise != "none": out["noise"] = row.noise
+        for key, value in values.items():
+            (out if key in known and not name.startswith("loss") else params)[key.removeprefix("loss.")] = value
+    if row.noise != "none":
+        out["noise"] = row.noise
     return out, params
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #3db08ce9
-def settings_for(row: Row, # what to run
-                 dataset: str | None = None, # None: the row's own
-                 backbone: str | None = None, # None: the row's own, or BN-Inception where the source does not say
-                 regime: str = "finetune", # "finetune": train the whole network; "frozen": a head on cached features
-                 **overrides, # any setting or parameter of the loss
-                ) -> dict: # everything the run depends on, except the seed
+def settings_for(
+    row: Row,  # what to run
+    dataset: str | None = None,  # None: the row's own
+    backbone: str | None = None,  # None: the row's own, or BN-Inception where the source does not say
+    regime: str = "finetune",  # "finetune": train the whole network; "frozen": a head on cached features
+    **overrides,  # any setting or parameter of the loss
+) -> dict:  # everything the run depends on, except the seed
     "All settings of a run."
     out, params = _laid(row, *_place(row, dataset, backbone, regime), regime)
-    fraction = out.pop("start_fraction", 12/60 if out["loss"].startswith("cp_") else None)
+    fraction = out.pop("start_fraction", 12 / 60 if out["loss"].startswith("cp_") else None)
     check_keys([row], overrides, regime)
     for key, value in overrides.items():
-        if key in {*out, *OPTIONAL}: out[key] = value
-        else: params[key.removeprefix("loss.")] = value
+        if key in {*out, *OPTIONAL}:
+            out[key] = value
+        else:
+            params[key.removeprefix("loss.")] = value
     out = {key: value for key, value in out.items() if value is not None or key not in OPTIONAL}
     check_types(out)
-    if out.get("noise") and "noise_rate" in loss_defaults(out["loss"]): params.setdefault("noise_rate", noise_rate(out["noise"])) # PRISM is told the rate
-    if fraction is not None: params.setdefault("start_epoch", min(round(out["epochs"] * fraction), out["epochs"] - 1))
-    check_settings(out, params, recipes()["sizes"].get(out["dataset"], (10_000, None))) # of a folder they are not known here
+    if out.get("noise") and "noise_rate" in loss_defaults(out["loss"]):
+        params.setdefault("noise_rate", noise_rate(out["noise"]))  # PRISM is told the rate
+    if fraction is not None:
+        params.setdefault("start_epoch", min(round(out["epochs"] * fraction), out["epochs"] - 1))
+    check_settings(
+        out, params, recipes()["sizes"].get(out["dataset"], (10_000, None))
+    )  # of a folder they are not known here
     return out | dict(params=params)
 
 # %% ../../nbs/70_experiments/03_recipes.ipynb #7d3c24c7
-def own_setting(row: Row, # what was run
-                settings: dict, # of the run
-               ) -> bool: # True: the source claims something and states its backbone, and that, data set, regime and everything else are the table's
+def own_setting(
+    row: Row,  # what was run
+    settings: dict,  # of the run
+) -> bool:  # True: the source claims something and states its backbone, and that, data set, regime and everything else are the table's
     "Is this the setting in which the source claims its numbers?"
     return bool(row.claimed) and missing(row) is None and row.backbone is not None and settings == settings_for(row)

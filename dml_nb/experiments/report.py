@@ -13,31 +13,54 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from ..core.files import write_atomically
 from .compare import claimed_metrics, numbers, summarise
 from .forms import to_html, to_latex, to_markdown
-from .plots import orders, plot_learning, plot_noise, plot_ranks, plot_recall, plot_results, plot_sweep, rated, swept
+from dml_nb.experiments.plots import (
+    orders,
+    plot_learning,
+    plot_noise,
+    plot_ranks,
+    plot_recall,
+    plot_results,
+    plot_sweep,
+    rated,
+    swept,
+)
 from .results import computation, load_results, runs_frame, sections
-from ..core.files import write_atomically
 
-_all_ = ["load_results", "summarise"] # what a report starts from
+_all_ = ["load_results", "summarise"]  # what a report starts from
 
 # %% ../../nbs/70_experiments/17_report.ipynb #c54f1a5f
-def figures(results: list[dict], # from `load_results`
-           ) -> dict[str, Figure]: # title -> picture
+def figures(
+    results: list[dict],  # from `load_results`
+) -> dict[str, Figure]:  # title -> picture
     "All pictures for which there are runs."
     whole = runs_frame(results)
     recall = whole.metric.str.fullmatch(r"R@\d+").any()
     leads = {name: next(iter(claimed_metrics(found)), None) for name, found in sections(results).items()}
-    out = {f"Beside the claims: {name}": plot_results(found, leads[name]) for name, found in sections(results).items() if leads[name]}
-    if len(orders(results)): out["Order of the methods"] = plot_ranks(results)
-    if recall: out["Recall@K"] = plot_recall(results)
-    if any(Path(folder, "history.csv").exists() for folder in whole.folder.unique()): out["Learning curves"] = plot_learning(results)
-    if (whole.metric == "R@1").any() and len(rated(results)): out["Label noise"] = plot_noise(results)
-    once = list({computation(r): r for r in reversed(results)}.values())[::-1] # a sweep that several tables share is drawn once
+    out = {
+        f"Beside the claims: {name}": plot_results(found, leads[name])
+        for name, found in sections(results).items()
+        if leads[name]
+    }
+    if len(orders(results)):
+        out["Order of the methods"] = plot_ranks(results)
+    if recall:
+        out["Recall@K"] = plot_recall(results)
+    if any(Path(folder, "history.csv").exists() for folder in whole.folder.unique()):
+        out["Learning curves"] = plot_learning(results)
+    if (whole.metric == "R@1").any() and len(rated(results)):
+        out["Label noise"] = plot_noise(results)
+    once = list({computation(r): r for r in reversed(results)}.values())[
+        ::-1
+    ]  # a sweep that several tables share is drawn once
     return out | {f"Sweep of {key}": plot_sweep(once, key) for key in swept(once)}
 
 # %% ../../nbs/70_experiments/17_report.ipynb #9a99e436
-def _slug(title: str) -> str: return re.sub("[^a-z0-9]+", "-", title.lower())
+def _slug(title: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", title.lower())
+
 
 def _png(figure: Figure) -> bytes:
     "A picture, drawn and let go."
@@ -46,16 +69,24 @@ def _png(figure: Figure) -> bytes:
     plt.close(figure)
     return file.getvalue()
 
-def write_report(results: list[dict], # from `load_results`
-                 out: str | Path, # folder that receives the files
-                 name: str = "report", # their name without suffix
-                ) -> list[Path]: # Markdown, CSV, LaTeX, HTML and pictures
+
+def write_report(
+    results: list[dict],  # from `load_results`
+    out: str | Path,  # folder that receives the files
+    name: str = "report",  # their name without suffix
+) -> list[Path]:  # Markdown, CSV, LaTeX, HTML and pictures
     "Write the report in all formats, and its pictures."
     out, pngs = Path(out), {title: _png(figure) for title, figure in figures(results).items()}
-    texts = dict(md=to_markdown(results), csv=numbers(results).to_csv(index=False), tex=to_latex(results), html=to_html(results, pngs))
-    for suffix, text in texts.items(): write_atomically(out/f"{name}.{suffix}", lambda p: p.write_text(text, encoding="utf-8"))
-    paths = [out/f"{name}.{suffix}" for suffix in texts]
+    texts = dict(
+        md=to_markdown(results),
+        csv=numbers(results).to_csv(index=False),
+        tex=to_latex(results),
+        html=to_html(results, pngs),
+    )
+    for suffix, text in texts.items():
+        write_atomically(out / f"{name}.{suffix}", lambda p: p.write_text(text, encoding="utf-8"))
+    paths = [out / f"{name}.{suffix}" for suffix in texts]
     for i, (title, png) in enumerate(pngs.items()):
-        paths.append(out/(f"{name}.png" if i == 0 else f"{name}-{_slug(title)}.png"))
+        paths.append(out / (f"{name}.png" if i == 0 else f"{name}-{_slug(title)}.png"))
         write_atomically(paths[-1], lambda p: p.write_bytes(png))
     return paths

@@ -18,118 +18,147 @@ import pandas as pd
 from packaging.version import Version
 from scipy import stats
 
+from ..core.similarity import unknown
+from .recipes import settings_for
 from .run_store import read_result
 from .tables import find_table, recipes, row_of
-from .recipes import settings_for
 from ..losses import base as core
-from ..core.similarity import unknown
 
 # %% ../../nbs/70_experiments/11_results.ipynb #8a83b027
 def _files(folder: Path) -> list[Path]:
     "Results of this folder, not of experiments that have a folder of their own within it."
     if not folder.is_dir():
-        raise FileNotFoundError(f"the results folder {folder} does not exist: run something first, "
-                                "as in `dml_nb run II --dataset glyphs --backbone small_cnn`.")
+        raise FileNotFoundError(
+            f"the results folder {folder} does not exist: run something first, "
+            "as in `dml_nb run II --dataset glyphs --backbone small_cnn`."
+        )
     found = sorted(path for depth in range(1, 5) for path in folder.glob("*/" * depth + "result.json"))
     deeper = None if found else next(folder.rglob("result.json"), None)
-    if deeper: raise ValueError(f"{folder} holds no results of its own, but {deeper.parents[4]} does: name that folder.")
+    if deeper:
+        raise ValueError(f"{folder} holds no results of its own, but {deeper.parents[4]} does: name that folder.")
     return found
 
+
 def _folders(out) -> list[Path]:
-    if isinstance(out, (str, Path)): out = [out] if Path(out).is_dir() else str(out).split(",")
+    if isinstance(out, (str, Path)):
+        out = [out] if Path(out).is_dir() else str(out).split(",")
     return [Path(str(part).strip()) for part in out]
 
 # %% ../../nbs/70_experiments/11_results.ipynb #29370a99
-def load_results(out: str | Path | Iterable = "runs", # top folder of results, or several: a list, or text with commas
-                 table: str | None = None, # only this table, such as "002-II" or "II"
-                ) -> list[dict]: # contents of the `result.json` files, with their folder under "folder"
+def load_results(
+    out: str | Path | Iterable = "runs",  # top folder of results, or several: a list, or text with commas
+    table: str | None = None,  # only this table, such as "002-II" or "II"
+) -> list[dict]:  # contents of the `result.json` files, with their folder under "folder"
     "All finished runs of these folders."
     files = [path for folder in _folders(out) for path in _files(folder)]
     results = [read_result(path) | dict(folder=path.parent.as_posix()) for path in files]
-    if table is None or not results: return results
+    if table is None or not results:
+        return results
     name, known = find_table(table), {r["table"] for r in results}
-    if name not in known: raise unknown("table with results", table, known)
+    if name not in known:
+        raise unknown("table with results", table, known)
     return [r for r in results if r["table"] == name]
 
 # %% ../../nbs/70_experiments/11_results.ipynb #5d58baa6
-def interval(values, # one number a seed
-            ) -> tuple[float, float]: # mean, half width of the 95 % t-interval (NaN for a single seed)
+def interval(
+    values,  # one number a seed
+) -> tuple[float, float]:  # mean, half width of the 95 % t-interval (NaN for a single seed)
     "Mean and 95 % interval over seeds."
     values = np.asarray(values, dtype=float)
-    if len(values) < 2: return float(values.mean()), float("nan")
-    return float(values.mean()), float(stats.t.ppf(.975, len(values) - 1) * values.std(ddof=1) / len(values)**.5)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
-def plus_minus(mean: float, half: float, # from `interval`
-               digits: int = 1, # after the point
-              ) -> str: # "55.9 ± 0.4"; a lone seed has no interval
+
+def plus_minus(
+    mean: float,
+    half: float,  # from `interval`
+    digits: int = 1,  # after the point
+) -> str:  # "55.9 ± 0.4"; a lone seed has no interval
     "Mean and interval as text."
     return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
-def bounds(values, # one number a seed
-          ) -> tuple[float, float]: # lower and upper end, both the mean for a single seed
+
+def bounds(
+    values,  # one number a seed
+) -> tuple[float, float]:  # lower and upper end, both the mean for a single seed
     "The interval as seaborn wants error bars."
     mean, half = interval(values)
     return mean - np.nan_to_num(half), mean + np.nan_to_num(half)
 
 # %% ../../nbs/70_experiments/11_results.ipynb #5e195f79
-def flat(settings: dict, # of a run
-        ) -> dict: # parameters of the loss beside the rest
+def flat(
+    settings: dict,  # of a run
+) -> dict:  # parameters of the loss beside the rest
     "Settings without their nesting."
     return {k: v for k, v in settings.items() if k != "params"} | settings["params"]
 
-def known_settings(settings: dict, # of a run
-                  ) -> dict: # every setting and parameter of the loss: name -> value, the loss's default where it was not set
+
+def known_settings(
+    settings: dict,  # of a run
+) -> dict:  # every setting and parameter of the loss: name -> value, the loss's default where it was not set
     "All that a setting says, and what it leaves to the loss."
     takes = signature(core._registry[settings["loss"]]).parameters
     defaults = {k: p.default for k, p in takes.items() if k not in ("num_classes", "embedding_size")}
     return defaults | dict(noise="none") | flat(settings)
 
-def value_of(settings: dict, # of a run
-             key: str, # a setting or parameter of the loss
-            ): # its value
+
+def value_of(
+    settings: dict,  # of a run
+    key: str,  # a setting or parameter of the loss
+):  # its value
     "What one setting was."
     known = known_settings(settings)
-    if key not in known: raise unknown(f"setting of {settings['loss']}", key, known)
+    if key not in known:
+        raise unknown(f"setting of {settings['loss']}", key, known)
     return known[key]
 
 # %% ../../nbs/70_experiments/11_results.ipynb #b1849c13
-def changes(settings: dict, # of a run
-            base: dict, # settings to compare with
-           ) -> dict: # what is not as in the base: name -> value, "unset" where only the base has it
+def changes(
+    settings: dict,  # of a run
+    base: dict,  # settings to compare with
+) -> dict:  # what is not as in the base: name -> value, "unset" where only the base has it
     "What differs between two settings."
     ours, theirs, named = known_settings(settings), known_settings(base), {**flat(base), **flat(settings)}
     return {k: ours.get(k, "unset") for k in named if ours.get(k, "unset") != theirs.get(k, "unset")}
 
-def in_words(changed: dict, # from `changes`
-            ) -> str: # "capacity=5, lr=0.001"
+
+def in_words(
+    changed: dict,  # from `changes`
+) -> str:  # "capacity=5, lr=0.001"
     "Settings as text."
     return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in sorted(changed.items()))
 
 # %% ../../nbs/70_experiments/11_results.ipynb #4b91b042
-def plain_name(id: str, # of a row
-              ) -> str: # the first name of its recipe
+def plain_name(
+    id: str,  # of a row
+) -> str:  # the first name of its recipe
     "One name for a method that the tables call differently."
     row = row_of(id)
     return (row.recipe or {}).get("names", [row.method])[0]
 
 # %% ../../nbs/70_experiments/11_results.ipynb #ba06d5bf
-def central(results: list[dict], # from `load_results`
-            wanted: dict | None = None, # values that the centre must have
-           ) -> dict: # settings
+def central(
+    results: list[dict],  # from `load_results`
+    wanted: dict | None = None,  # values that the centre must have
+) -> dict:  # settings
     "The setting from which all others differ in the fewest values."
     settings = list({json.dumps(r["settings"], sort_keys=True): r["settings"] for r in results}.values())
     able = [s for s in settings if all(flat(s).get(k) == v for k, v in (wanted or {}).items())]
-    if not able: raise ValueError(f"no run has {in_words(wanted or {})}: name values that some run has.")
+    if not able:
+        raise ValueError(f"no run has {in_words(wanted or {})}: name values that some run has.")
     return min(able, key=lambda s: sum(len(changes(other, s)) for other in settings))
 
 # %% ../../nbs/70_experiments/11_results.ipynb #74767236
 def _recipe(id: str, s: dict) -> tuple[dict, int | None]:
     "Settings of a row's recipe where a run took place, at the run's length; and the recipe's own length, if it is known."
     of_row = lambda **kw: settings_for(row_of(id), s["dataset"], s["backbone"], s["regime"], **kw)
-    try: return of_row(epochs=s["epochs"]), of_row()["epochs"] # schedules follow the number of epochs
-    except (KeyError, ValueError): # its data set is gone from this machine, or its row or setting from this version
+    try:
+        return of_row(epochs=s["epochs"]), of_row()["epochs"]  # schedules follow the number of epochs
+    except (KeyError, ValueError):  # its data set is gone from this machine, or its row or setting from this version
         place = {k: s[k] for k in ("dataset", "backbone", "regime", "loss", "embedding_size")}
         return recipes()["settings"][s["regime"]] | place | dict(params={}), None
+
 
 @cache
 def _variant(id: str, settings: str) -> str:
@@ -139,62 +168,97 @@ def _variant(id: str, settings: str) -> str:
     return in_words(changed | ({} if epochs in (s["epochs"], None) else dict(epochs=s["epochs"])))
 
 # %% ../../nbs/70_experiments/11_results.ipynb #3b4ed430
-def variant(result: dict, # of a run
-           ) -> str: # "" if nothing
+def variant(
+    result: dict,  # of a run
+) -> str:  # "" if nothing
     "What was changed against the recipe of the row besides label noise, in words."
     return _variant(result["row"], json.dumps(result["settings"], sort_keys=True))
 
-def where(settings: dict, # of a run
-         ) -> str: # "cub, efficientnet_lite0, frozen"
+
+def where(
+    settings: dict,  # of a run
+) -> str:  # "cub, efficientnet_lite0, frozen"
     "Data, backbone and regime of a run, in words."
     held = "" if settings.get("holdout") is None else ", HELD-OUT TRAINING CLASSES"
     return f"{Path(settings['dataset']).name}, {settings['backbone']}, {settings['regime']}{held}"
 
 # %% ../../nbs/70_experiments/11_results.ipynb #c4d33c54
-def section(result: dict, # of a run
-           ) -> str: # "002-V, cub, 512-d, 20% noise"; without claims the data set is that of the run
+def section(
+    result: dict,  # of a run
+) -> str:  # "002-V, cub, 512-d, 20% noise"; without claims the data set is that of the run
     "What methods must have in common to be ranked."
     s = result["settings"]
     data = row_of(result["row"]).dataset if result["claimed"] else Path(s["dataset"]).name
     noise = "" if s.get("noise", "none") == "none" else f", {s['noise']} noise"
     return f"{result['table']}, {data}, {s['embedding_size']}-d{noise}"
 
-def sections(results: list[dict], # from `load_results`
-            ) -> dict[str, list[dict]]: # section -> its results
+
+def sections(
+    results: list[dict],  # from `load_results`
+) -> dict[str, list[dict]]:  # section -> its results
     "Results by section, in their order."
     out = {}
-    for r in results: out.setdefault(section(r), []).append(r)
+    for r in results:
+        out.setdefault(section(r), []).append(r)
     return out
 
 # %% ../../nbs/70_experiments/11_results.ipynb #ffef5511
-def computation(result: dict, # of a run
-               ) -> int: # equal for results of the same computation, within this process
+def computation(
+    result: dict,  # of a run
+) -> int:  # equal for results of the same computation, within this process
     "Names what was computed, whichever row it stands for and wherever it lies."
     known = [result["settings"], result["seed"], result["environment"]["dml_nb"], result["data_checksum"]]
     return hash(json.dumps(known, sort_keys=True))
 
-RUN = ["section", "table", "row", "method", "where", "noise", "variant"] # what seeds of one experiment have in common
+
+RUN = ["section", "table", "row", "method", "where", "noise", "variant"]  # what seeds of one experiment have in common
+
 
 def _known(r: dict) -> dict:
     "What is said of every number of a run."
     s, env, changed = r["settings"], r["environment"], variant(r)
-    kept = {k: r[k] for k in ("table", "row", "method", "seed", "folder")} | {k: s[k] for k in ("loss", "embedding_size")}
-    return kept | dict(section=section(r), where=where(s), noise=s.get("noise", "none"), variant=changed, own=r["own_setting"] and not changed,
-                       training=f"{s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g})", run=computation(r),
-                       batches=in_words({k: s.get(k) for k in ("batch_size", "per_class", "train_crop", "noise", "holdout")}),
-                       version=env["dml_nb"], commit=env.get("commit", ""), data=r["data_checksum"])
+    kept = {k: r[k] for k in ("table", "row", "method", "seed", "folder")} | {
+        k: s[k] for k in ("loss", "embedding_size")
+    }
+    return kept | dict(
+        section=section(r),
+        where=where(s),
+        noise=s.get("noise", "none"),
+        variant=changed,
+        own=r["own_setting"] and not changed,
+        training=f"{s['embedding_size']}-d, {s['epochs']} epochs ({s['schedule']}, lr {s['lr']:g})",
+        run=computation(r),
+        batches=in_words({k: s.get(k) for k in ("batch_size", "per_class", "train_crop", "noise", "holdout")}),
+        version=env["dml_nb"],
+        commit=env.get("commit", ""),
+        data=r["data_checksum"],
+    )
 
 # %% ../../nbs/70_experiments/11_results.ipynb #c548ea67
 def _set_apart(frame: pd.DataFrame, apart: pd.Series, words: pd.Series):
     "Say in the variant why these lines are not to be averaged with the others."
     frame.loc[apart, "variant"] = [", ".join(filter(None, pair)) for pair in zip(frame.variant[apart], words[apart])]
 
-def runs_frame(results: list[dict], # from `load_results`
-              ) -> pd.DataFrame: # columns of RUN, seed, epoch ("best", "last"), metric, value (percent but for the deviation), claimed, own, …
+
+def runs_frame(
+    results: list[dict],  # from `load_results`
+) -> (
+    pd.DataFrame
+):  # columns of RUN, seed, epoch ("best", "last"), metric, value (percent but for the deviation), claimed, own, …
     "All numbers of all runs."
-    if not results: raise ValueError("there are no finished runs to report: a run counts when its result.json exists.")
-    lines = [known | dict(epoch=epoch, metric=m, value=v if m.startswith("deviation") else 100*v, claimed=r["claimed"].get(m, ""))
-             for r in results for known in [_known(r)] for epoch in ("best", "last") for m, v in r[epoch].items() if m != "epoch"]
+    if not results:
+        raise ValueError("there are no finished runs to report: a run counts when its result.json exists.")
+    lines = [
+        known
+        | dict(
+            epoch=epoch, metric=m, value=v if m.startswith("deviation") else 100 * v, claimed=r["claimed"].get(m, "")
+        )
+        for r in results
+        for known in [_known(r)]
+        for epoch in ("best", "last")
+        for m, v in r[epoch].items()
+        if m != "epoch"
+    ]
     frame = pd.DataFrame(lines)
     newest = frame.groupby(RUN).version.transform(lambda v: max(v, key=Version))
     _set_apart(frame, frame.version != newest, "dml_nb " + frame.version)
@@ -203,12 +267,17 @@ def runs_frame(results: list[dict], # from `load_results`
     return frame.drop_duplicates([*RUN, "seed", "epoch", "metric"]).sort_index()
 
 # %% ../../nbs/70_experiments/11_results.ipynb #e16d0261
-def histories(results: list[dict], # from `load_results`
-             ) -> pd.DataFrame: # the columns of `history.csv` beside those of RUN, loss, embedding size, seed, run
+def histories(
+    results: list[dict],  # from `load_results`
+) -> pd.DataFrame:  # the columns of `history.csv` beside those of RUN, loss, embedding size, seed, run
     "What each run noted after every epoch."
     once = runs_frame(results).drop_duplicates(["table", "run"])
     known = [*RUN, "loss", "embedding_size", "seed", "run"]
-    with_curve = [run for run in once.itertuples() if (Path(run.folder)/"history.csv").exists()]
-    if not with_curve: raise ValueError("no run has a history.csv beside its result.json: run the rows again.")
-    parts = [pd.read_csv(Path(run.folder)/"history.csv").assign(**{k: getattr(run, k) for k in known}) for run in with_curve]
+    with_curve = [run for run in once.itertuples() if (Path(run.folder) / "history.csv").exists()]
+    if not with_curve:
+        raise ValueError("no run has a history.csv beside its result.json: run the rows again.")
+    parts = [
+        pd.read_csv(Path(run.folder) / "history.csv").assign(**{k: getattr(run, k) for k in known})
+        for run in with_curve
+    ]
     return pd.concat(parts, ignore_index=True)

@@ -19,73 +19,87 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from fastcore.basics import patch
+from filelock import FileLock, Timeout
 
 import dml_nb
-from ..training.checkpoint import Checkpoint, resume
+from ..core.files import write_atomically
 from ..data import load_dataset
 from ..data.datasets import RetrievalData, cache_root
 from ..data.label_noise import read_noise_list, symmetric_noise, with_noise
 from .checks import noise_rate
-from .tables import row_of
 from .recipes import own_setting
-from ..core.files import write_atomically
-from ..training.learner import DMLLearner, dml_learner, feature_dls, image_dls
+from .tables import row_of
 from ..losses import create_loss
 from ..models import create_embedder
 from ..models.embedder import EmbeddingHead
 from ..models.features import cached_features, embed
 from ..retrieval.view import plot_retrieval
+from ..training.checkpoint import Checkpoint, resume
+from ..training.learner import DMLLearner, dml_learner, feature_dls, image_dls
 
 # %% ../../nbs/70_experiments/05_run.ipynb #1fd7761c
 PUBLISHED_LISTS = dict(cub="CUB", cars="CARS", sop="SOP")
 
-def noisy(data: RetrievalData, # clean
-          dataset: str, # its name
-          rate: float, # share of wrong labels
-         ) -> RetrievalData: # training labels partly wrong, test labels untouched
+
+def noisy(
+    data: RetrievalData,  # clean
+    dataset: str,  # its name
+    rate: float,  # share of wrong labels
+) -> RetrievalData:  # training labels partly wrong, test labels untouched
     "The published noise list of a benchmark at this rate; elsewhere symmetric noise of our own, the same for all methods and seeds."
-    if dataset in PUBLISHED_LISTS: return with_noise(data, read_noise_list(f"{PUBLISHED_LISTS[dataset]}_{rate:g}noised_train.csv", data))
+    if dataset in PUBLISHED_LISTS:
+        return with_noise(data, read_noise_list(f"{PUBLISHED_LISTS[dataset]}_{rate:g}noised_train.csv", data))
     return with_noise(data, symmetric_noise(data.train.labels, rate, len(data.train.classes)))
 
-def load_data(settings: dict, # from `settings_for`
-             ) -> RetrievalData: # counts verified
+
+def load_data(
+    settings: dict,  # from `settings_for`
+) -> RetrievalData:  # counts verified
     "The data set of a run; with the setting `holdout`, a split of its training classes by that seed."
     whole, fold = load_dataset(settings["dataset"], on_corrupt=settings.get("on_corrupt", "stop")), settings["holdout"]
-    if noise := settings.get("noise"): return noisy(whole, settings["dataset"], noise_rate(noise))
-    return whole if fold is None else whole.holdout(.3, fold)
+    if noise := settings.get("noise"):
+        return noisy(whole, settings["dataset"], noise_rate(noise))
+    return whole if fold is None else whole.holdout(0.3, fold)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #a8a9df32
 class Run:
     "One row with one seed: data, model, loss, Learner, results."
-    def __init__(self,
-                 row: str, # id of the row
-                 settings: dict, # from `settings_for`
-                 seed: int, # of initialisation, batches and augmentation
-                 folder: str | Path, # where results go
-                ):
+
+    def __init__(
+        self,
+        row: str,  # id of the row
+        settings: dict,  # from `settings_for`
+        seed: int,  # of initialisation, batches and augmentation
+        folder: str | Path,  # where results go
+    ):
         self.row, self.settings, self.seed, self.folder = row_of(row), settings, seed, Path(folder)
         self.seconds, self.started = {}, perf_counter()
 
     @cached_property
-    def data(self): # `RetrievalData`
+    def data(self):  # `RetrievalData`
         "What is trained on and tested on."
         return load_data(self.settings)
 
     def _repr_markdown_(self):
-        flat = {k: v for k, v in self.settings.items() if k != "params"} | {f"loss: {k}": v for k, v in self.settings["params"].items()}
+        flat = {k: v for k, v in self.settings.items() if k != "params"} | {
+            f"loss: {k}": v for k, v in self.settings["params"].items()
+        }
         return pd.DataFrame({"value": flat | {"seed": self.seed}}).astype(str).to_html(header=False)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #eb126e7a
 @patch
-def _features(self: Run) -> list[torch.Tensor]: # of the training and of the test images
+def _features(self: Run) -> list[torch.Tensor]:  # of the training and of the test images
     started = perf_counter()
+
     def of(part):
-        with FileLock(cache_root()/f"{self.settings['backbone']}.lock"): return cached_features(self.settings["backbone"], part, pool=self.settings["pool"])
+        with FileLock(cache_root() / f"{self.settings['backbone']}.lock"):
+            return cached_features(self.settings["backbone"], part, pool=self.settings["pool"])
+
     cache_root().mkdir(parents=True, exist_ok=True)
-    if self.settings["holdout"] is None: features = [of(self.data.train), of(self.data.test)]
-    else: # rows of the features of all training images, which are cached already
+    if self.settings["holdout"] is None:
+        features = [of(self.data.train), of(self.data.test)]
+    else:  # rows of the features of all training images, which are cached already
         whole = load_dataset(self.settings["dataset"], on_corrupt=self.settings.get("on_corrupt", "stop")).train
         rows, features = {path: i for i, path in enumerate(whole.paths)}, of(whole)
         features = [features[[rows[path] for path in part.paths]] for part in (self.data.train, self.data.test)]
@@ -94,16 +108,20 @@ def _features(self: Run) -> list[torch.Tensor]: # of the training and of the tes
 
 # %% ../../nbs/70_experiments/05_run.ipynb #88e8abab
 @patch
-def alone(self: Run, patience: float = 60): # seconds to wait for another process to end
+def alone(self: Run, patience: float = 60):  # seconds to wait for another process to end
     "Keep other processes out of the folder as long as this one lives, such as a kernel whose batch was killed."
     self.folder.mkdir(parents=True, exist_ok=True)
-    self.lock = FileLock(self.folder/".lock", is_singleton=True) # in this process the folder may be opened again
-    try: self.lock.acquire(timeout=patience)
-    except Timeout: raise ValueError(f"another process is working in {self.folder}: wait for it, or choose another folder.") from None
+    self.lock = FileLock(self.folder / ".lock", is_singleton=True)  # in this process the folder may be opened again
+    try:
+        self.lock.acquire(timeout=patience)
+    except Timeout:
+        raise ValueError(
+            f"another process is working in {self.folder}: wait for it, or choose another folder."
+        ) from None
 
 # %% ../../nbs/70_experiments/05_run.ipynb #b21622cd
 @patch
-def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkpoint if there is one
+def learner(self: Run) -> DMLLearner:  # ready to fit, in the state of the checkpoint if there is one
     "Build the Learner of the run."
     s, data = self.settings, self.data
     self.alone()
@@ -111,96 +129,166 @@ def learner(self: Run) -> DMLLearner: # ready to fit, in the state of the checkp
     if s["regime"] == "frozen":
         train, test = self._features()
         model = EmbeddingHead(train.shape[1], s["embedding_size"], layer_norm=s["layer_norm"])
-        dls = feature_dls(train, data.train.labels, test, data.test.labels, s["batch_size"], self.seed, s.get("per_class"))
+        dls = feature_dls(
+            train, data.train.labels, test, data.test.labels, s["batch_size"], self.seed, s.get("per_class")
+        )
     else:
-        model = create_embedder(s["backbone"], s["embedding_size"], s["pool"], s["backbone"] != "small_cnn", s["layer_norm"], s["frozen_bn"])
+        model = create_embedder(
+            s["backbone"], s["embedding_size"], s["pool"], s["backbone"] != "small_cnn", s["layer_norm"], s["frozen_bn"]
+        )
         model.to(memory_format=torch.channels_last)
-        dls = image_dls(data, model.spec, s["batch_size"], self.seed, s["train_crop"], os.cpu_count() or 0, s.get("per_class"))
-    loss = create_loss(s["loss"], num_classes=len(data.train.classes), embedding_size=s["embedding_size"], **s["params"])
+        dls = image_dls(
+            data, model.spec, s["batch_size"], self.seed, s["train_crop"], os.cpu_count() or 0, s.get("per_class")
+        )
+    loss = create_loss(
+        s["loss"], num_classes=len(data.train.classes), embedding_size=s["embedding_size"], **s["params"]
+    )
     for part in loss.modules():
-        if getattr(part, "proxy_init", None) == "class_means": part.init_from_class_means(embed(model, dls.train_plain, workers=dls.workers), dls.train_labels)
-    learn = dml_learner(dls, model, loss, s["lr"], s["head_lr"], s["proxy_lr_mult"], s["weight_decay"], s["warm_epochs"],
-                        s["clip_value"], tuple(s["recall_at"]))
-    resume(learn, self.folder/"checkpoint.pt", self.key)
+        if getattr(part, "proxy_init", None) == "class_means":
+            part.init_from_class_means(embed(model, dls.train_plain, workers=dls.workers), dls.train_labels)
+    learn = dml_learner(
+        dls,
+        model,
+        loss,
+        s["lr"],
+        s["head_lr"],
+        s["proxy_lr_mult"],
+        s["weight_decay"],
+        s["warm_epochs"],
+        s["clip_value"],
+        tuple(s["recall_at"]),
+    )
+    resume(learn, self.folder / "checkpoint.pt", self.key)
     return learn
 
+
 @patch(as_prop=True)
-def key(self: Run) -> str: # what the checkpoint belongs to
+def key(self: Run) -> str:  # what the checkpoint belongs to
     "Row, settings and seed in one line."
     return json.dumps([self.row.id, self.settings, self.seed], sort_keys=True)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #ff1e6831
 @patch
-def fit(self: Run,
-        learn: DMLLearner, # from `learner`
-       ) -> pd.DataFrame: # the history, a line an epoch; also written to `history.csv`
+def fit(
+    self: Run,
+    learn: DMLLearner,  # from `learner`
+) -> pd.DataFrame:  # the history, a line an epoch; also written to `history.csv`
     "Train to the last epoch, saving after each."
     s, started = self.settings, perf_counter()
-    learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"], cbs=[Checkpoint(self.folder, self.key)])
+    learn.fit_schedule(
+        s["epochs"], s["schedule"], s["step_epochs"], s["gamma"], cbs=[Checkpoint(self.folder, self.key)]
+    )
     self.seconds["fit"] = perf_counter() - started
     history = pd.DataFrame(learn.retrieval_metrics.history)
-    write_atomically(self.folder/"history.csv", lambda p: history.to_csv(p, index=False, float_format="%.6g"))
+    write_atomically(self.folder / "history.csv", lambda p: history.to_csv(p, index=False, float_format="%.6g"))
     return history
 
 # %% ../../nbs/70_experiments/05_run.ipynb #61430cad
-def environment() -> dict[str, str]: # versions, hardware, git commit
+def environment() -> dict[str, str]:  # versions, hardware, git commit
     "What a number depends on besides its settings."
     packages = {name: version(name) for name in ("dml_nb", "torch", "torchvision", "fastai", "numpy")}
-    try: commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=Path(dml_nb.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): commit = "not a git checkout"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(dml_nb.__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not a git checkout"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    )
     return packages | dict(python=platform.python_version(), system=platform.system(), device=device, commit=commit)
 
-def peak_memory_mb() -> float: # of this process, in MiB
+
+def peak_memory_mb() -> float:  # of this process, in MiB
     "Most memory that the process has held."
     import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #61401592
 @patch
-def result(self: Run,
-           history: pd.DataFrame, # from `fit`
-          ) -> dict: # the content of `result.json`
+def result(
+    self: Run,
+    history: pd.DataFrame,  # from `fit`
+) -> dict:  # the content of `result.json`
     "Best and last epoch, the claimed values, and everything needed to judge them."
-    names = [c for c in history if c.startswith("R@") or c in ("MAP@R", "R-precision", "deviation", "deviation_pairwise")]
-    def line(i): return {"epoch": int(history.epoch[i])} | {n: float(history[n][i]) for n in names}
+    names = [
+        c for c in history if c.startswith("R@") or c in ("MAP@R", "R-precision", "deviation", "deviation_pairwise")
+    ]
+
+    def line(i):
+        return {"epoch": int(history.epoch[i])} | {n: float(history[n][i]) for n in names}
+
     best = history[f"R@{self.settings['recall_at'][0]}"].idxmax()
     trained = float(history.train_seconds.sum())
-    seconds = self.seconds | dict(train=trained, evaluate=float(history.eval_seconds.sum()), notebook=perf_counter() - self.started)
-    return dict(row=self.row.id, method=self.row.method, table=self.row.table, seed=self.seed, settings=self.settings, best=line(best), last=line(len(history) - 1),
-                claimed=self.row.claimed, own_setting=own_setting(self.row, self.settings), seconds={k: round(v, 2) for k, v in seconds.items()},
-                images_per_second=round(len(self.data.train)*len(history)/max(trained, 1e-9), 1), peak_memory_mb=round(peak_memory_mb()),
-                environment=environment(), data_checksum=self.data.checksum)
+    seconds = self.seconds | dict(
+        train=trained, evaluate=float(history.eval_seconds.sum()), notebook=perf_counter() - self.started
+    )
+    return dict(
+        row=self.row.id,
+        method=self.row.method,
+        table=self.row.table,
+        seed=self.seed,
+        settings=self.settings,
+        best=line(best),
+        last=line(len(history) - 1),
+        claimed=self.row.claimed,
+        own_setting=own_setting(self.row, self.settings),
+        seconds={k: round(v, 2) for k, v in seconds.items()},
+        images_per_second=round(len(self.data.train) * len(history) / max(trained, 1e-9), 1),
+        peak_memory_mb=round(peak_memory_mb()),
+        environment=environment(),
+        data_checksum=self.data.checksum,
+    )
 
 # %% ../../nbs/70_experiments/05_run.ipynb #3188e670
 @patch
-def compare(self: Run,
-            result: dict, # from `result`
-           ) -> pd.DataFrame: # metric x (claimed by the paper, ours best, ours last), in percent
+def compare(
+    self: Run,
+    result: dict,  # from `result`
+) -> pd.DataFrame:  # metric x (claimed by the paper, ours best, ours last), in percent
     "Ours beside the paper's, labelled."
     s = self.settings
     paper = f"paper ({self.row.table}: {self.row.dataset}, {self.row.backbone or 'backbone not stated'})"
-    ours = f"{s['dataset']}, {s['backbone']}, {s['regime']}" + ("" if result["own_setting"] else ": another setting, not comparable")
+    ours = f"{s['dataset']}, {s['backbone']}, {s['regime']}" + (
+        "" if result["own_setting"] else ": another setting, not comparable"
+    )
     metrics = [m for m in result["best"] if m not in ("epoch", "deviation", "deviation_pairwise")]
     columns = {(paper, "claimed"): [result["claimed"].get(m, "") for m in metrics]}
-    for which in ("best", "last"): columns[ours, f"{which} (epoch {result[which]['epoch']})"] = [f"{100*result[which][m]:.1f}" for m in metrics]
+    for which in ("best", "last"):
+        columns[ours, f"{which} (epoch {result[which]['epoch']})"] = [f"{100 * result[which][m]:.1f}" for m in metrics]
     return pd.DataFrame(columns, index=metrics)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #99328557
 @patch
-def gallery(self: Run,
-            learn: DMLLearner, # after `fit`
-           ) -> str: # Markdown that shows the picture
+def gallery(
+    self: Run,
+    learn: DMLLearner,  # after `fit`
+) -> str:  # Markdown that shows the picture
     "Draw queries with their nearest images into `gallery.png`."
     embeddings = embed(learn.model, learn.dls.test_plain, workers=learn.dls.workers)
     figure = plot_retrieval(self.data.test, embeddings, seed=self.seed)
-    write_atomically(self.folder/"gallery.png", lambda p: figure.savefig(p, dpi=80, format="png"))
+    write_atomically(self.folder / "gallery.png", lambda p: figure.savefig(p, dpi=80, format="png"))
     plt.close(figure)
-    note = "" if self.data.test.paths is None else "\n\n*Photographs are not redistributed: the picture is there wherever the row was run.*"
-    return "![queries on the left, their five nearest images to the right, green: same class, red: another](gallery.png)" + note
+    note = (
+        ""
+        if self.data.test.paths is None
+        else "\n\n*Photographs are not redistributed: the picture is there wherever the row was run.*"
+    )
+    return (
+        "![queries on the left, their five nearest images to the right, green: same class, red: another](gallery.png)"
+        + note
+    )
+
 
 @patch
 def save(self: Run, result: dict):
     "Hand the result over; it counts only once the batch runner has renamed it to `result.json`."
-    write_atomically(self.folder/"measured.json", lambda p: p.write_text(json.dumps(result, indent=1)))
+    write_atomically(self.folder / "measured.json", lambda p: p.write_text(json.dumps(result, indent=1)))

@@ -15,138 +15,239 @@ from shutil import copyfile
 
 from packaging.version import InvalidVersion, Version
 
-from .tables import Row, row_of, slug
-from .recipes import own_setting, settings_for
 from ..core.files import write_atomically
+from .recipes import own_setting, settings_for
+from .tables import Row, row_of, slug
 
 # %% ../../nbs/70_experiments/06_run_store.ipynb #ee2e4d34
-def run_folder(out: str | Path, # top folder of results
-               row: Row, # what is run
-               settings: dict, # from `settings_for`
-               seed: int, # of the run
-              ) -> Path: # folder of this run
+def run_folder(
+    out: str | Path,  # top folder of results
+    row: Row,  # what is run
+    settings: dict,  # from `settings_for`
+    seed: int,  # of the run
+) -> Path:  # folder of this run
     "The folder of a run, a function of row, settings, package version and seed."
     digest = sha256(json.dumps([row.id, settings, version("dml_nb")], sort_keys=True).encode()).hexdigest()[:8]
-    return Path(out)/row.id/f"{_setting_name(settings)}-{digest}"/f"seed{seed}"
+    return Path(out) / row.id / f"{_setting_name(settings)}-{digest}" / f"seed{seed}"
+
 
 def _setting_name(settings: dict) -> str:
     return f"{slug(Path(settings['dataset']).name)}-{settings['backbone']}-{settings['regime']}"
 
 # %% ../../nbs/70_experiments/06_run_store.ipynb #e473f115
-KINDS = dict(row=str, method=str, table=str, seed=int, settings=dict, best=dict, last=dict, claimed=dict, own_setting=bool,
-             seconds=dict, environment=dict, data_checksum=str) # what a result holds
-INSIDE = dict(settings=("dataset", "backbone", "regime", "loss", "epochs", "recall_at", "params"), best=("epoch", "MAP@R"), last=("epoch", "MAP@R"),
-              seconds=("train", "evaluate", "fit", "notebook"), environment=("dml_nb",)) # what parts of it must hold
+KINDS = dict(
+    row=str,
+    method=str,
+    table=str,
+    seed=int,
+    settings=dict,
+    best=dict,
+    last=dict,
+    claimed=dict,
+    own_setting=bool,
+    seconds=dict,
+    environment=dict,
+    data_checksum=str,
+)  # what a result holds
+INSIDE = dict(
+    settings=("dataset", "backbone", "regime", "loss", "epochs", "recall_at", "params"),
+    best=("epoch", "MAP@R"),
+    last=("epoch", "MAP@R"),
+    seconds=("train", "evaluate", "fit", "notebook"),
+    environment=("dml_nb",),
+)  # what parts of it must hold
 
-class Damaged(ValueError): "A result file that is cut short or no result at all."
 
-def _wrong(result) -> list[str]: # what is absent or of another kind
+class Damaged(ValueError):
+    "A result file that is cut short or no result at all."
+
+
+def _wrong(result) -> list[str]:  # what is absent or of another kind
     "What is not as it should be in a result."
-    if not isinstance(result, dict): return list(KINDS)
+    if not isinstance(result, dict):
+        return list(KINDS)
     found = [key for key, kind in KINDS.items() if not isinstance(result.get(key), kind)]
-    if not isinstance(result.get("shared_with", ""), str): found.append("shared_with") # absent where the run is the row's own
-    found += [f"{key}.{name}" for key, names in INSIDE.items() if key not in found for name in names if name not in result[key]]
+    if not isinstance(result.get("shared_with", ""), str):
+        found.append("shared_with")  # absent where the run is the row's own
+    found += [
+        f"{key}.{name}"
+        for key, names in INSIDE.items()
+        if key not in found
+        for name in names
+        if name not in result[key]
+    ]
     return found or _unmeasured(result)
+
 
 def _unmeasured(result: dict) -> list[str]:
     "Values of `best` and `last` that are absent or no numbers; NaN is one, of a loss that diverged."
     at = result["settings"]["recall_at"]
-    if not isinstance(at, list) or not at: return ["list of numbers in settings.recall_at"]
+    if not isinstance(at, list) or not at:
+        return ["list of numbers in settings.recall_at"]
     leads, found = (f"R@{at[0]}", "MAP@R"), []
     for part in ("best", "last"):
         found += [f"{part}.{name}" for name in leads if name not in result[part]]
-        found += [f"number in {part}.{name}" for name, value in result[part].items()
-                  if not isinstance(value, (int, float)) or isinstance(value, bool) or name in leads and abs(value) == float("inf")]
+        found += [
+            f"number in {part}.{name}"
+            for name, value in result[part].items()
+            if not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or name in leads
+            and abs(value) == float("inf")
+        ]
     return found
 
-def read_result(path: str | Path, # a `result.json`
-               ) -> dict: # its content
+
+def read_result(
+    path: str | Path,  # a `result.json`
+) -> dict:  # its content
     "A result, checked; a damaged file or one of a newer version is an error that says so."
-    try: result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise Damaged(f"the result {path} is damaged ({e}): delete it and run its row again.") from e
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise Damaged(f"the result {path} is damaged ({e}): delete it and run its row again.") from e
     environment = result.get("environment") if isinstance(result, dict) else None
     theirs = environment.get("dml_nb") if isinstance(environment, dict) else None
-    try: newer = theirs is not None and Version(theirs) > Version(version("dml_nb"))
-    except (InvalidVersion, TypeError): raise Damaged(f"the result {path} is damaged (dml_nb {theirs!r} is no version): delete it and run its row again.") from None
-    if newer: raise ValueError(f"the result {path} was written by dml_nb {theirs}, here is {version('dml_nb')}: update dml_nb, or use another --out.")
-    if wrong := _wrong(result): raise Damaged(f"the result {path} is damaged (no {', '.join(wrong)}): delete it and run its row again.")
+    try:
+        newer = theirs is not None and Version(theirs) > Version(version("dml_nb"))
+    except (InvalidVersion, TypeError):
+        raise Damaged(
+            f"the result {path} is damaged (dml_nb {theirs!r} is no version): delete it and run its row again."
+        ) from None
+    if newer:
+        raise ValueError(
+            f"the result {path} was written by dml_nb {theirs}, here is {version('dml_nb')}: update dml_nb, or use another --out."
+        )
+    if wrong := _wrong(result):
+        raise Damaged(f"the result {path} is damaged (no {', '.join(wrong)}): delete it and run its row again.")
     return result
 
 # %% ../../nbs/70_experiments/06_run_store.ipynb #b0c1f7f9
-def differences(old: dict, # settings
-                new: dict, # settings
-               ) -> list[str]: # "lr 0.001, now 0.0003"
+def differences(
+    old: dict,  # settings
+    new: dict,  # settings
+) -> list[str]:  # "lr 0.001, now 0.0003"
     "What changed between two settings."
-    flat = [{k: v for k, v in s.items() if k != "params"} | {f"loss.{k}": v for k, v in s["params"].items()} for s in (old, new)]
-    return [f"{k} {flat[0].get(k, 'not set')}, now {flat[1].get(k, 'not set')}" for k in dict.fromkeys((*flat[0], *flat[1])) if flat[0].get(k) != flat[1].get(k)]
+    flat = [
+        {k: v for k, v in s.items() if k != "params"} | {f"loss.{k}": v for k, v in s["params"].items()}
+        for s in (old, new)
+    ]
+    return [
+        f"{k} {flat[0].get(k, 'not set')}, now {flat[1].get(k, 'not set')}"
+        for k in dict.fromkeys((*flat[0], *flat[1]))
+        if flat[0].get(k) != flat[1].get(k)
+    ]
 
-def why_stale(record: dict, # a result or the content of `params.json`
-              checksum: str | None = None, # of the data as they are now; None: not compared
-             ) -> str | None: # "the recipe changed: lr 0.001, now 0.0003"; None: still good
+
+def why_stale(
+    record: dict,  # a result or the content of `params.json`
+    checksum: str | None = None,  # of the data as they are now; None: not compared
+) -> str | None:  # "the recipe changed: lr 0.001, now 0.0003"; None: still good
     "Why an earlier run does not count any more."
     theirs = record.get("version") or record["environment"]["dml_nb"]
-    if theirs != version("dml_nb"): return f"dml_nb was {theirs}, now {version('dml_nb')}"
-    if checksum and record.get("data_checksum") not in (None, checksum): return f"the data changed: checksum {record['data_checksum']}, now {checksum}"
-    if "asked" not in record: return None
-    try: row = row_of(record["row"])
-    except ValueError: row = None
-    if row is None or row.recipe is None: return f"there is no recipe for the row {record['row']} any more"
-    try: now = settings_for(row, **record["asked"])
-    except ValueError: return None # its data are not on this machine, so nothing can be said
-    if changed := differences(record["settings"], now): return f"the recipe changed: {'; '.join(changed)}"
+    if theirs != version("dml_nb"):
+        return f"dml_nb was {theirs}, now {version('dml_nb')}"
+    if checksum and record.get("data_checksum") not in (None, checksum):
+        return f"the data changed: checksum {record['data_checksum']}, now {checksum}"
+    if "asked" not in record:
+        return None
+    try:
+        row = row_of(record["row"])
+    except ValueError:
+        row = None
+    if row is None or row.recipe is None:
+        return f"there is no recipe for the row {record['row']} any more"
+    try:
+        now = settings_for(row, **record["asked"])
+    except ValueError:
+        return None  # its data are not on this machine, so nothing can be said
+    if changed := differences(record["settings"], now):
+        return f"the recipe changed: {'; '.join(changed)}"
 
 # %% ../../nbs/70_experiments/06_run_store.ipynb #847b6431
-def stale_runs(out: str | Path, # top folder of results
-               row: Row, # what is to be run
-               settings: dict, # its settings now
-               seed: int, # of the run
-               asked: dict, # what led to these settings
-              ) -> list[str]: # "runs/...: the recipe changed: ..."
+def stale_runs(
+    out: str | Path,  # top folder of results
+    row: Row,  # what is to be run
+    settings: dict,  # its settings now
+    seed: int,  # of the run
+    asked: dict,  # what led to these settings
+) -> list[str]:  # "runs/...: the recipe changed: ..."
     "Earlier runs of the same request that other settings or another version made stale."
     out, found = Path(out), []
-    for path in sorted((out/row.id).glob(f"{_setting_name(settings)}-*/seed{seed}/params.json")):
+    for path in sorted((out / row.id).glob(f"{_setting_name(settings)}-*/seed{seed}/params.json")):
         record = _record(path)
-        if path.parent == run_folder(out, row, settings, seed) or not (path.parent/"result.json").exists() or record.get("asked") != asked: continue
-        if why := why_stale(record): found.append(f"{path.parent.relative_to(out)}: {why}")
+        if (
+            path.parent == run_folder(out, row, settings, seed)
+            or not (path.parent / "result.json").exists()
+            or record.get("asked") != asked
+        ):
+            continue
+        if why := why_stale(record):
+            found.append(f"{path.parent.relative_to(out)}: {why}")
     return found
+
 
 def _record(path: Path) -> dict:
     "What stands in a `params.json`; nothing if it cannot be read."
-    try: record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
     return record if isinstance(record, dict) else {}
 
 # %% ../../nbs/70_experiments/06_run_store.ipynb #345aa7ba
-def identity(settings: dict, # from `settings_for`
-             seed: int, # of the run
-            ) -> str: # 16 hex digits
+def identity(
+    settings: dict,  # from `settings_for`
+    seed: int,  # of the run
+) -> str:  # 16 hex digits
     "Names what is computed, whatever row asks for it."
     return sha256(json.dumps([settings, seed, version("dml_nb")], sort_keys=True).encode()).hexdigest()[:16]
 
-def find_same(out: str | Path, # top folder of results
-              settings: dict, # from `settings_for`
-              seed: int, # of the run
-              checksum: str | None = None, # of the data
-             ) -> Path | None: # folder of a finished run that computed just this
+
+def find_same(
+    out: str | Path,  # top folder of results
+    settings: dict,  # from `settings_for`
+    seed: int,  # of the run
+    checksum: str | None = None,  # of the data
+) -> Path | None:  # folder of a finished run that computed just this
     "A finished run of any row with these settings and this seed, with the files that `share` copies."
     for path in sorted(Path(out).glob(f"*/*/{_setting_name(settings)}-*/seed{seed}/params.json")):
         record = _record(path)
-        if record.get("settings") != settings or record.get("version") != version("dml_nb") or not (path.parent/"history.csv").is_file(): continue
-        try: result = read_result(path.parent/"result.json")
-        except ValueError: continue
-        if "shared_with" not in result and result["settings"] == settings and (checksum is None or result["data_checksum"] == checksum): return path.parent
+        if (
+            record.get("settings") != settings
+            or record.get("version") != version("dml_nb")
+            or not (path.parent / "history.csv").is_file()
+        ):
+            continue
+        try:
+            result = read_result(path.parent / "result.json")
+        except ValueError:
+            continue
+        if (
+            "shared_with" not in result
+            and result["settings"] == settings
+            and (checksum is None or result["data_checksum"] == checksum)
+        ):
+            return path.parent
 
 # %% ../../nbs/70_experiments/06_run_store.ipynb #9f23afb7
-def share(folder: Path, # of a finished run
-          row: Row, # another row that asks for the same
-          out: str | Path, # top folder of results
-         ) -> Path: # folder of the other row
+def share(
+    folder: Path,  # of a finished run
+    row: Row,  # another row that asks for the same
+    out: str | Path,  # top folder of results
+) -> Path:  # folder of the other row
     "Record a finished run for another row; `result.json` is written last."
-    result, params = read_result(folder/"result.json"), _record(folder/"params.json")
+    result, params = read_result(folder / "result.json"), _record(folder / "params.json")
     target = run_folder(out, row, result["settings"], result["seed"])
-    mine = dict(row=row.id, method=row.method, table=row.table, claimed=row.claimed, own_setting=own_setting(row, result["settings"]),
-                shared_with=folder.resolve().relative_to(Path(out).resolve()).as_posix())
-    write_atomically(target/"params.json", lambda p: p.write_text(json.dumps(params | dict(row=row.id), indent=1)))
-    write_atomically(target/"history.csv", lambda p: copyfile(folder/"history.csv", p))
-    write_atomically(target/"result.json", lambda p: p.write_text(json.dumps(result | mine, indent=1)))
+    mine = dict(
+        row=row.id,
+        method=row.method,
+        table=row.table,
+        claimed=row.claimed,
+        own_setting=own_setting(row, result["settings"]),
+        shared_with=folder.resolve().relative_to(Path(out).resolve()).as_posix(),
+    )
+    write_atomically(target / "params.json", lambda p: p.write_text(json.dumps(params | dict(row=row.id), indent=1)))
+    write_atomically(target / "history.csv", lambda p: copyfile(folder / "history.csv", p))
+    write_atomically(target / "result.json", lambda p: p.write_text(json.dumps(result | mine, indent=1)))
     return target

@@ -13,53 +13,65 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..core.similarity import unknown
 from .compare import changed, claimed_metrics
 from .results import interval, plain_name, runs_frame, sections
 from .tables import row_of
-from ..core.similarity import unknown
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #bd2ffd98
-def holm(p, # p-values, NaN where there is none
-         family: int | None = None, # how many tests were meant; None: those that have a p-value
-        ) -> np.ndarray: # as many as p, corrected
+def holm(
+    p,  # p-values, NaN where there is none
+    family: int | None = None,  # how many tests were meant; None: those that have a p-value
+) -> np.ndarray:  # as many as p, corrected
     "Holm's correction for several tests."
     p = np.asarray(p, dtype=float)
-    order, out = np.argsort(p)[:np.isfinite(p).sum()], np.full(len(p), np.nan)
+    order, out = np.argsort(p)[: np.isfinite(p).sum()], np.full(len(p), np.nan)
     out[order] = np.maximum.accumulate(p[order] * ((family or len(order)) - np.arange(len(order)))).clip(max=1)
     return out
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #0ce54c66
-FEWEST_SEEDS = 3 # for a p-value
+FEWEST_SEEDS = 3  # for a p-value
 
-def paired(a: pd.Series, # a number for each seed, the seed in the index
-           b: pd.Series, # of the other method
-          ) -> dict: # seeds, difference, half, p_t, p_wilcoxon
+
+def paired(
+    a: pd.Series,  # a number for each seed, the seed in the index
+    b: pd.Series,  # of the other method
+) -> dict:  # seeds, difference, half, p_t, p_wilcoxon
     "Difference of two methods over the seeds that both have."
     d = (a - b).dropna().to_numpy()
     mean, half = interval(d) if len(d) else (np.nan, np.nan)
     known = dict(seeds=len(d), difference=mean, half=half)
-    if len(d) < FEWEST_SEEDS: return known | dict(p_t=np.nan, p_wilcoxon=np.nan)
-    if np.abs(d).max() <= 1e-9: return known | dict(p_t=1., p_wilcoxon=1.) # the very same numbers
+    if len(d) < FEWEST_SEEDS:
+        return known | dict(p_t=np.nan, p_wilcoxon=np.nan)
+    if np.abs(d).max() <= 1e-9:
+        return known | dict(p_t=1.0, p_wilcoxon=1.0)  # the very same numbers
     p_wilcoxon = stats.wilcoxon(d).pvalue
     return known | dict(p_t=stats.ttest_1samp(d, 0).pvalue if np.ptp(d) > 1e-9 else p_wilcoxon, p_wilcoxon=p_wilcoxon)
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #c48b91cc
-def label(method: str, variant: str) -> str: # "CP + PA K=3 (capacity=5)"
+def label(method: str, variant: str) -> str:  # "CP + PA K=3 (capacity=5)"
     "A method and what was changed."
     return f"{method} ({variant})" if variant else method
 
-def entrants(results: list[dict], # from `load_results`
-             metric: str, # one metric
-             epoch: str, # "best" or "last"
-            ) -> pd.DataFrame: # `runs_frame` with each run once a block; "block": section and place; "entrant": method and what was changed
+
+def entrants(
+    results: list[dict],  # from `load_results`
+    metric: str,  # one metric
+    epoch: str,  # "best" or "last"
+) -> (
+    pd.DataFrame
+):  # `runs_frame` with each run once a block; "block": section and place; "entrant": method and what was changed
     "Runs that can be compared with each other, block by block."
     whole = runs_frame(results)
     frame = whole[(whole.metric == metric) & (whole.epoch == epoch)]
     if frame.empty:
         names = ", ".join(sorted(whole.metric.unique()))
         raise ValueError(f"no run has the metric {metric!r} for the {epoch!r} epoch: use {names}, 'best' or 'last'.")
-    frame = frame.assign(block=frame.section + ": " + frame["where"], entrant=[label(m, v) for m, v in zip(frame.method, frame.variant)],
-                         changed=[changed(*key) for key in zip(frame.row, frame.noise, frame.variant)])
+    frame = frame.assign(
+        block=frame.section + ": " + frame["where"],
+        entrant=[label(m, v) for m, v in zip(frame.method, frame.variant)],
+        changed=[changed(*key) for key in zip(frame.row, frame.noise, frame.variant)],
+    )
     return frame.drop_duplicates(["block", "entrant", "seed"]).drop_duplicates(["block", "run"])
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #45fedb59
@@ -68,13 +80,17 @@ def _opponent(group: pd.DataFrame) -> str:
     anchors = [e for e, id in zip(group.entrant, group.row) if plain_name(id) == "Proxy Anchor"]
     return anchors[0] if anchors else group.entrant[pd.to_numeric(group.claimed, errors="coerce").fillna(-1).idxmax()]
 
+
 def _pairs(group: pd.DataFrame, against: str | None, most: int) -> list[tuple[str, str]]:
     "Pairs of methods to test in a block."
     group = group[(group.variant == "") | (group.entrant == against)]
     entrants = list(group.entrant.unique())
-    if against is None and len(entrants) <= most: return list(combinations(entrants, 2))
-    if against is None: against = _opponent(group)
+    if against is None and len(entrants) <= most:
+        return list(combinations(entrants, 2))
+    if against is None:
+        against = _opponent(group)
     return [(e, against) for e in entrants if e != against and against in entrants]
+
 
 def _variant_pairs(group: pd.DataFrame) -> list[tuple[str, str]]:
     "Changed runs, each with the recipe of its row."
@@ -85,51 +101,69 @@ def _variant_pairs(group: pd.DataFrame) -> list[tuple[str, str]]:
 # %% ../../nbs/70_experiments/13_statistics.ipynb #0c896181
 TESTED = ["block", "a", "b", "seeds", "difference", "half", "p_t", "p_wilcoxon", "batches", "holm"]
 
+
 def _tested(frame: pd.DataFrame, pairs_of) -> pd.DataFrame:
     "Test these pairs of every block, and correct for their number."
     parts = [pd.DataFrame(columns=TESTED)]
     for block, group in frame.groupby("block", sort=False):
         by_seed = group.pivot(index="seed", columns="entrant", values="value")
         batches = group.groupby("entrant").batches.first()
-        lines = [dict(block=block, a=a, b=b, batches="same" if batches[a] == batches[b] else "different") | paired(by_seed[a], by_seed[b])
-                 for a, b in pairs_of(group)]
-        if lines: parts.append(pd.DataFrame(lines).assign(holm=lambda t: holm(t.p_t, len(t)))[TESTED])
+        lines = [
+            dict(block=block, a=a, b=b, batches="same" if batches[a] == batches[b] else "different")
+            | paired(by_seed[a], by_seed[b])
+            for a, b in pairs_of(group)
+        ]
+        if lines:
+            parts.append(pd.DataFrame(lines).assign(holm=lambda t: holm(t.p_t, len(t)))[TESTED])
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
-def paired_tests(results: list[dict], # from `load_results`
-                 metric: str = "R@1", # what is compared
-                 epoch: str = "last", # "last", or "best", which is itself a choice on the test classes
-                 against: str | None = None, # compare all with this method only; None: every pair
-                 most: int = 6, # in a block of more methods, only pairs with one of them
-                ) -> pd.DataFrame: # a line for each pair, columns TESTED
+
+def paired_tests(
+    results: list[dict],  # from `load_results`
+    metric: str = "R@1",  # what is compared
+    epoch: str = "last",  # "last", or "best", which is itself a choice on the test classes
+    against: str | None = None,  # compare all with this method only; None: every pair
+    most: int = 6,  # in a block of more methods, only pairs with one of them
+) -> pd.DataFrame:  # a line for each pair, columns TESTED
     "Paired tests between the methods of a block that ran after their recipes; Holm's correction over the pairs of a block."
     frame = entrants(results, metric, epoch)
-    if against is not None and against not in set(frame.entrant): raise unknown("method with results", against, set(frame.entrant))
+    if against is not None and against not in set(frame.entrant):
+        raise unknown("method with results", against, set(frame.entrant))
     return _tested(frame, lambda group: _pairs(group, against, most))
 
-def variant_tests(results: list[dict], # from `load_results`
-                  metric: str = "R@1", # what is compared
-                  epoch: str = "last", # or "best"
-                 ) -> pd.DataFrame: # as from `paired_tests`
+
+def variant_tests(
+    results: list[dict],  # from `load_results`
+    metric: str = "R@1",  # what is compared
+    epoch: str = "last",  # or "best"
+) -> pd.DataFrame:  # as from `paired_tests`
     "Paired tests of runs in which something was changed against the recipe of their row; a family of their own."
     return _tested(entrants(results, metric, epoch), _variant_pairs)
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #70e35f51
-FEWEST_METHODS = 4 # for a rank correlation
+FEWEST_METHODS = 4  # for a rank correlation
+
 
 def _clear(d: pd.Series) -> bool:
     "Is this paired difference more than the seeds' luck?"
-    mean, half = interval(d.dropna()) if d.notna().sum() >= FEWEST_SEEDS else (0., np.inf)
+    mean, half = interval(d.dropna()) if d.notna().sum() >= FEWEST_SEEDS else (0.0, np.inf)
     return bool(abs(mean) > half)
 
-def pairs_agree(by_seed: pd.DataFrame, # seed x method, ours
-                claimed: pd.Series, # method -> claimed value
-               ) -> pd.DataFrame: # a line for each pair whose claims differ: a (claimed higher), b, same, clear
+
+def pairs_agree(
+    by_seed: pd.DataFrame,  # seed x method, ours
+    claimed: pd.Series,  # method -> claimed value
+) -> pd.DataFrame:  # a line for each pair whose claims differ: a (claimed higher), b, same, clear
     "Which pairs of methods stand as claimed?"
     said = claimed.sort_values(ascending=False, kind="stable")
     pairs = [(a, b) for a, b in combinations(said.index, 2) if said[a] > said[b]]
-    return pd.DataFrame([dict(a=a, b=b, same=by_seed[a].mean() > by_seed[b].mean(), clear=_clear(by_seed[a] - by_seed[b])) for a, b in pairs],
-                        columns=["a", "b", "same", "clear"])
+    return pd.DataFrame(
+        [
+            dict(a=a, b=b, same=by_seed[a].mean() > by_seed[b].mean(), clear=_clear(by_seed[a] - by_seed[b]))
+            for a, b in pairs
+        ],
+        columns=["a", "b", "same", "clear"],
+    )
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #b70d9f6d
 def _agreement(group: pd.DataFrame) -> dict:
@@ -142,24 +176,57 @@ def _agreement(group: pd.DataFrame) -> dict:
         (tau, p), rho = stats.kendalltau(claimed, ours), stats.spearmanr(claimed, ours).statistic
     same, clear = pairs.same.astype(bool), pairs.clear.astype(bool)
     backbones = sorted({row_of(id).backbone or "not stated" for id in group.row})
-    return dict(methods=len(ours), tau=tau, p=p, rho=rho, pairs=len(pairs), same=int(same.sum()), clear=int(clear.sum()),
-                clear_same=int((same & clear).sum()), backbones=", ".join(backbones), first_claimed=claimed.idxmax(), first_ours=ours.idxmax())
+    return dict(
+        methods=len(ours),
+        tau=tau,
+        p=p,
+        rho=rho,
+        pairs=len(pairs),
+        same=int(same.sum()),
+        clear=int(clear.sum()),
+        clear_same=int((same & clear).sum()),
+        backbones=", ".join(backbones),
+        first_claimed=claimed.idxmax(),
+        first_ours=ours.idxmax(),
+    )
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #fe371e2a
-ORDER = ["section", "place", "metric", "methods", "tau", "p", "rho", "pairs", "same", "clear", "clear_same",
-         "backbones", "first_claimed", "first_ours"]
+ORDER = [
+    "section",
+    "place",
+    "metric",
+    "methods",
+    "tau",
+    "p",
+    "rho",
+    "pairs",
+    "same",
+    "clear",
+    "clear_same",
+    "backbones",
+    "first_claimed",
+    "first_ours",
+]
 
-def agreement(results: list[dict], # from `load_results`
-              metric: str | None = None, # what methods are ordered by; None: the first that the table claims
-              epoch: str = "best", # as the papers report
-             ) -> pd.DataFrame: # a line for each section and place with two methods or more, columns ORDER; tau, p, rho NaN below four
+
+def agreement(
+    results: list[dict],  # from `load_results`
+    metric: str | None = None,  # what methods are ordered by; None: the first that the table claims
+    epoch: str = "best",  # as the papers report
+) -> (
+    pd.DataFrame
+):  # a line for each section and place with two methods or more, columns ORDER; tau, p, rho NaN below four
     "Does the order of methods agree with the sources'?"
     lines = []
     for name, part in sections(results).items():
         lead = metric or next(iter(claimed_metrics(part)), None)
-        if not any(lead in r["claimed"] and lead in r["best"] for r in part): continue
+        if not any(lead in r["claimed"] and lead in r["best"] for r in part):
+            continue
         frame = entrants(part, lead, epoch)
         frame = frame[(frame.changed == "") & ~frame.claimed.isin(["", "-"])]
-        lines += [dict(section=name, place=place, metric=lead) | _agreement(group)
-                  for place, group in frame.groupby("where", sort=False) if group.method.nunique() > 1]
+        lines += [
+            dict(section=name, place=place, metric=lead) | _agreement(group)
+            for place, group in frame.groupby("where", sort=False)
+            if group.method.nunique() > 1
+        ]
     return pd.DataFrame(lines, columns=ORDER)

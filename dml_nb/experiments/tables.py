@@ -18,77 +18,98 @@ from functools import cache
 from inspect import signature
 from pathlib import Path
 
-from ..data import list_datasets
-from ..losses import base as core, list_losses
-from ..models import list_backbones
 from ..core.similarity import unknown
+from ..data import list_datasets
+from ..losses import base as core
+from ..losses import list_losses
+from ..models import list_backbones
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #2a113074
 @dataclass(frozen=True)
 class Row:
     "One line of a table of the sources, or a loss by itself."
-    id: str # "002-II/cub-cp-pa-k-3"
-    table: str # "002-II"; "own" for a loss by itself
-    dataset: str # "cub", "cars", "sop" or "inshop"
-    backbone: str | None # None: not stated by the source
-    embedding_size: int | None # None: not stated
-    method: str # as printed
-    noise: str # "none", "10%", ...
-    claimed: dict[str, str] = field(hash=False) # metric -> value as printed, in percent; "-" where the source has a gap
-    recipe: dict | None = field(hash=False) # loss and parameters; None: method not built yet
+
+    id: str  # "002-II/cub-cp-pa-k-3"
+    table: str  # "002-II"; "own" for a loss by itself
+    dataset: str  # "cub", "cars", "sop" or "inshop"
+    backbone: str | None  # None: not stated by the source
+    embedding_size: int | None  # None: not stated
+    method: str  # as printed
+    noise: str  # "none", "10%", ...
+    claimed: dict[str, str] = field(
+        hash=False
+    )  # metric -> value as printed, in percent; "-" where the source has a gap
+    recipe: dict | None = field(hash=False)  # loss and parameters; None: method not built yet
 
     @property
-    def printed(self) -> str: # "002-II CP + PA K=3"
+    def printed(self) -> str:  # "002-II CP + PA K=3"
         "The row of the source's table that this belongs to."
-        return f"{self.table} " + (f"{self.dataset}: " if self.table in recipes()["printed_by_dataset"] else "") + self.method
+        return (
+            f"{self.table} "
+            + (f"{self.dataset}: " if self.table in recipes()["printed_by_dataset"] else "")
+            + self.method
+        )
 
     @property
     def notes(self) -> list[str]:
         "What is odd about this row in the source."
-        return [entry["note"] for entry in recipes()["notes"] if any(fnmatch(self.id, pattern) for pattern in entry["rows"])]
+        return [
+            entry["note"] for entry in recipes()["notes"] if any(fnmatch(self.id, pattern) for pattern in entry["rows"])
+        ]
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #2e4ed823
 def _read(name: str):
     path = Path(__file__).with_name(name)
-    with open(path, encoding="utf-8", newline="") as f: return json.load(f) if path.suffix == ".json" else list(DictReader(f))
+    with open(path, encoding="utf-8", newline="") as f:
+        return json.load(f) if path.suffix == ".json" else list(DictReader(f))
+
 
 @cache
-def recipes() -> dict: # "datasets", "backbones", "methods", "missing", "notes", "settings" and the sources of all these
+def recipes() -> (
+    dict
+):  # "datasets", "backbones", "methods", "missing", "notes", "settings" and the sources of all these
     "The content of `recipes.json`."
     return _read("recipes.json")
 
-def slug(text: str) -> str: # lower case, only letters, digits and single hyphens
+
+def slug(text: str) -> str:  # lower case, only letters, digits and single hyphens
     "A name that is safe as a folder."
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("w/o", "without").replace("++", "-plus-plus")).strip("-")
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #efe4ee1b
-def _row(line: dict[str, str], # a line of `tables.csv`
-        ) -> Row: # without its claimed value
+def _row(
+    line: dict[str, str],  # a line of `tables.csv`
+) -> Row:  # without its claimed value
     known, table = recipes(), f"{line['source']}-{line['table']}"
     dataset, noise = known["datasets"].get(line["dataset"], slug(line["dataset"])), line["noise"]
     id = f"{table}/{dataset}-{slug(line['method'])}" + ("" if noise == "none" else f"-noise-{slug(noise)}")
     recipe = next((recipe for recipe in known["methods"] if line["method"] in recipe["names"]), None)
-    if recipe: recipe = recipe | recipe.get("tables", {}).get(table, {})
+    if recipe:
+        recipe = recipe | recipe.get("tables", {}).get(table, {})
     backbone = known["backbones"].get(line["backbone"], slug(line["backbone"]) or None)
     return Row(id, table, dataset, backbone, int(line["embedding_dim"] or 0) or None, line["method"], noise, {}, recipe)
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #d5fd9889
-def rows_of(lines: list[dict[str, str]], # lines of a file like `tables.csv`
-           ) -> dict[str, Row]: # id -> row, in the order of the file
+def rows_of(
+    lines: list[dict[str, str]],  # lines of a file like `tables.csv`
+) -> dict[str, Row]:  # id -> row, in the order of the file
     "The rows that hold these cells; a cell that would overwrite another is an error."
     rows = {}
     for number, line in enumerate(lines, 2):
         row, metric, where = _row(line), line["metric"], f"line {number} of the tables"
         same = rows.setdefault(row.id, row)
         if same != replace(row, claimed=same.claimed):
-            raise ValueError(f"{where}: {row.id} stands there before with another spelling, backbone or size: rename the method.")
-        if metric in same.claimed: raise ValueError(f"{where}: {metric} of {row.id} stands there twice: remove one.")
+            raise ValueError(
+                f"{where}: {row.id} stands there before with another spelling, backbone or size: rename the method."
+            )
+        if metric in same.claimed:
+            raise ValueError(f"{where}: {metric} of {row.id} stands there twice: remove one.")
         same.claimed[metric] = line["value"]
     return rows
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #cebbd278
 @cache
-def all_rows() -> dict[str, Row]: # id -> row
+def all_rows() -> dict[str, Row]:  # id -> row
     "Every row of the sources' tables."
     return rows_of(_read("tables.csv"))
 
@@ -96,31 +117,40 @@ def all_rows() -> dict[str, Row]: # id -> row
 def _own_recipe(loss: str) -> dict:
     "As the first method of the sources with this loss; a loss of pairs or tuples, which knows no classes, gets batches of classes."
     settings = {} if "num_classes" in signature(core._registry[loss]).parameters else {"per_class": 5}
-    plain = dict(names=[loss], loss=loss, params={}, settings=settings, source="the loss's own notebook", training="guess")
+    plain = dict(
+        names=[loss], loss=loss, params={}, settings=settings, source="the loss's own notebook", training="guess"
+    )
     return next((recipe for recipe in recipes()["methods"] if recipe["loss"] == loss), plain)
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #b0574ee5
 @cache
-def own_rows() -> dict[str, Row]: # id -> row
+def own_rows() -> dict[str, Row]:  # id -> row
     "Every loss that can be trained alone, as a row of no table."
-    rows = [Row(f"own/{slug(loss)}", "own", "glyphs", "small_cnn", 512, loss, "none", {}, _own_recipe(loss))
-            for loss in list_losses() if loss not in recipes()["terms"]]
+    rows = [
+        Row(f"own/{slug(loss)}", "own", "glyphs", "small_cnn", 512, loss, "none", {}, _own_recipe(loss))
+        for loss in list_losses()
+        if loss not in recipes()["terms"]
+    ]
     return {row.id: row for row in rows}
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #e1182ce3
-def row_of(id: str, # "002-II/cub-cp-pa-k-3" or "own/circle"
-          ) -> Row: # of the sources or a loss by itself
+def row_of(
+    id: str,  # "002-II/cub-cp-pa-k-3" or "own/circle"
+) -> Row:  # of the sources or a loss by itself
     "The row with this id."
     known = all_rows() | own_rows()
-    if id not in known: raise unknown("row", id, _near(id, known))
+    if id not in known:
+        raise unknown("row", id, _near(id, known))
     return known[id]
 
-def _near(what: str, names: Iterable[str]) -> list[str]: # a list of hundreds would help nobody
+
+def _near(what: str, names: Iterable[str]) -> list[str]:  # a list of hundreds would help nobody
     return get_close_matches(what, sorted(names), n=6, cutoff=0)
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #4e80986d
-def is_folder(dataset: str, # name of a data set or path of a folder
-             ) -> bool: # True for an existing folder that is not the name of a data set of the tables
+def is_folder(
+    dataset: str,  # name of a data set or path of a folder
+) -> bool:  # True for an existing folder that is not the name of a data set of the tables
     "Is this a folder of class folders rather than a name?"
     return dataset not in {*list_datasets(), *recipes()["datasets"].values()} and Path(dataset).expanduser().is_dir()
 
@@ -129,39 +159,50 @@ def _part(method: str) -> str:
     return next((f": it needs {entry['part']}" for entry in recipes()["missing"] if method in entry["names"]), "")
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #5d605587
-def missing(row: Row, # a row
-            dataset: str | None = None, # data set to run it on, if not its own
-            backbone: str | None = None, # backbone to run it with, if not its own
-           ) -> str | None: # what is missing, or None if the row can run
+def missing(
+    row: Row,  # a row
+    dataset: str | None = None,  # data set to run it on, if not its own
+    backbone: str | None = None,  # backbone to run it with, if not its own
+) -> str | None:  # what is missing, or None if the row can run
     "Why a row cannot run, in a few words."
     dataset, backbone = dataset or row.dataset, backbone or row.backbone or "bn_inception"
-    if row.recipe is None: return f"the method {row.method!r} is not built yet{_part(row.method)}"
-    if dataset not in list_datasets() and not is_folder(dataset): return f"the data set {dataset!r} is not available"
-    if backbone not in list_backbones(): return f"the backbone {backbone!r} is not available"
+    if row.recipe is None:
+        return f"the method {row.method!r} is not built yet{_part(row.method)}"
+    if dataset not in list_datasets() and not is_folder(dataset):
+        return f"the data set {dataset!r} is not available"
+    if backbone not in list_backbones():
+        return f"the backbone {backbone!r} is not available"
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #88de0348
-def count_printed(rows: list[Row], # some or all rows
-                 ) -> tuple[int, int, int]: # printed rows of the sources: all, that can run on all their data sets, on some
+def count_printed(
+    rows: list[Row],  # some or all rows
+) -> tuple[int, int, int]:  # printed rows of the sources: all, that can run on all their data sets, on some
     "How many rows of the sources' tables these are, and how many can run here."
     parts = {}
-    for row in rows: parts.setdefault(row.printed, []).append(missing(row) is None)
+    for row in rows:
+        parts.setdefault(row.printed, []).append(missing(row) is None)
     return len(parts), sum(all(can) for can in parts.values()), sum(any(can) and not all(can) for can in parts.values())
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #3fff9e99
-def find_table(what: str, # "II", "002-II" or "own"
-               tables: Iterable[str] | None = None, # where to look; None: the tables of the sources, and "own"
-              ) -> str | None: # "002-II"; None: there is no such table
+def find_table(
+    what: str,  # "II", "002-II" or "own"
+    tables: Iterable[str] | None = None,  # where to look; None: the tables of the sources, and "own"
+) -> str | None:  # "002-II"; None: there is no such table
     "The table meant by its name, with or without its source."
     known = {row.table for row in all_rows().values()} | {"own"} if tables is None else set(tables)
     found = sorted(table for table in known if what.upper() in (table.upper(), table.split("-")[-1].upper()))
-    if len(found) > 1: raise ValueError(f"the table {what!r} exists in several sources: use one of {', '.join(found)}.")
+    if len(found) > 1:
+        raise ValueError(f"the table {what!r} exists in several sources: use one of {', '.join(found)}.")
     return found[0] if found else None
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #c7dadc1e
 def _of_table(rows: list[Row], dataset: str | None) -> list[Row]:
     "All rows of a table; run on one data set: its own rows of that data set, else each method once."
-    if dataset is None: return rows
-    return [row for row in rows if row.dataset == dataset] or list({(row.method, row.noise): row for row in reversed(rows)}.values())[::-1]
+    if dataset is None:
+        return rows
+    return [row for row in rows if row.dataset == dataset] or list(
+        {(row.method, row.noise): row for row in reversed(rows)}.values()
+    )[::-1]
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #6d081990
 def _plain(method: str) -> str:
@@ -184,19 +225,27 @@ def _of_method(what: str, dataset: str | None) -> Row | None:
 # %% ../../nbs/70_experiments/01_tables.ipynb #0b0e5c76
 def _no_row(what: str) -> ValueError:
     "The error for a name that means nothing here."
-    if why := recipes()["terms"].get(what): return ValueError(f"{what!r} is no loss by itself, {why}: add it to another with create_loss.")
-    names = {*all_rows(), *own_rows()} | {name for row in (all_rows() | own_rows()).values() for name in (row.table, row.method)}
+    if why := recipes()["terms"].get(what):
+        return ValueError(f"{what!r} is no loss by itself, {why}: add it to another with create_loss.")
+    names = {*all_rows(), *own_rows()} | {
+        name for row in (all_rows() | own_rows()).values() for name in (row.table, row.method)
+    }
     return unknown("table, row or method", what, _near(what, names))
 
 # %% ../../nbs/70_experiments/01_tables.ipynb #2412b609
-def find_rows(what: str, # id, table, method or loss
-              dataset: str | None = None, # the data set to run on: rows of this data set are preferred
-             ) -> list[Row]: # one row for an id or a method, all distinct methods for a table
+def find_rows(
+    what: str,  # id, table, method or loss
+    dataset: str | None = None,  # the data set to run on: rows of this data set are preferred
+) -> list[Row]:  # one row for an id or a method, all distinct methods for a table
     "The rows meant by an id, a table, a method or the name of a loss."
     known = all_rows() | own_rows()
-    if what in known: return [known[what]]
-    if table := find_table(what): return _of_table([row for row in known.values() if row.table == table], dataset)
+    if what in known:
+        return [known[what]]
+    if table := find_table(what):
+        return _of_table([row for row in known.values() if row.table == table], dataset)
     if own := own_rows().get(f"own/{slug(what)}"):
-        if own.method == what: return [own]
-    if row := _of_method(what, dataset): return [row]
+        if own.method == what:
+            return [own]
+    if row := _of_method(what, dataset):
+        return [row]
     raise _no_row(what)

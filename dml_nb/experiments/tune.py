@@ -13,35 +13,38 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from .tables import Row, recipes
-from .run import Run
-from .recipes import settings_for
 from ..core.files import write_atomically
 from ..core.similarity import unknown
+from .recipes import settings_for
+from .run import Run
+from .tables import Row, recipes
 
 # %% ../../nbs/70_experiments/18_tune.ipynb #368a207d
-def trial(row: Row, # method
-          folds: tuple[int, ...], # seeds of the draws of held-out classes
-          **settings, # for `settings_for`
-         ) -> dict[str, float]: # Recall@1 and MAP@R of the last epoch, means over folds
+def trial(
+    row: Row,  # method
+    folds: tuple[int, ...],  # seeds of the draws of held-out classes
+    **settings,  # for `settings_for`
+) -> dict[str, float]:  # Recall@1 and MAP@R of the last epoch, means over folds
     "Train on the rest of the training classes and judge on those held out."
     scores = []
     for fold in folds:
         with TemporaryDirectory() as folder:
             run = Run(row.id, settings_for(row, holdout=fold, **settings), 0, folder)
             learn = run.learner()
-            learn.retrieval_metrics.every = run.settings["epochs"] # only the last epoch counts
-            with learn.no_bar(), learn.no_logging(): scores.append(run.fit(learn)[["R@1", "MAP@R"]].iloc[-1])
+            learn.retrieval_metrics.every = run.settings["epochs"]  # only the last epoch counts
+            with learn.no_bar(), learn.no_logging():
+                scores.append(run.fit(learn)[["R@1", "MAP@R"]].iloc[-1])
     return pd.DataFrame(scores).mean().to_dict()
 
 # %% ../../nbs/70_experiments/18_tune.ipynb #d95a18fd
-def search_settings(row: Row, # method
-                    grid: dict[str, list], # setting -> values to try
-                    path: str | Path, # CSV that receives a line a trial
-                    folds: tuple[int, ...] = (0, 1), # seeds of the draws of held-out classes
-                    metric: str = "R@1", # what the returned table is sorted by
-                    **common, # data set, backbone, regime and settings common to all trials
-                   ) -> pd.DataFrame: # the trials, best first
+def search_settings(
+    row: Row,  # method
+    grid: dict[str, list],  # setting -> values to try
+    path: str | Path,  # CSV that receives a line a trial
+    folds: tuple[int, ...] = (0, 1),  # seeds of the draws of held-out classes
+    metric: str = "R@1",  # what the returned table is sorted by
+    **common,  # data set, backbone, regime and settings common to all trials
+) -> pd.DataFrame:  # the trials, best first
     "Try every combination of a grid on held-out training classes."
     path, mine = Path(path), []
     lines = pd.read_csv(path).to_dict("records") if path.exists() else []
@@ -54,30 +57,39 @@ def search_settings(row: Row, # method
             lines.append(done[name])
             write_atomically(path, lambda p: pd.DataFrame(lines).to_csv(p, index=False))
         mine.append(done[name])
-    return pd.DataFrame(mine).drop(columns="trial").sort_values(metric, ascending=False, ignore_index=True, kind="stable")
+    return (
+        pd.DataFrame(mine).drop(columns="trial").sort_values(metric, ascending=False, ignore_index=True, kind="stable")
+    )
 
 # %% ../../nbs/70_experiments/18_tune.ipynb #20f6f616
-def rule_for(loss: str, # name of a loss
-            ) -> tuple[str, list, list]: # the parameter, its values, learning rates, the first of which goes with all values
+def rule_for(
+    loss: str,  # name of a loss
+) -> tuple[str, list, list]:  # the parameter, its values, learning rates, the first of which goes with all values
     "What the rule tries for a loss."
     rule = recipes()["search"]
-    if loss not in rule["parameters"]: raise unknown("loss with a search in recipes.json", loss, rule["parameters"])
-    (name, values), = rule["parameters"][loss].items()
+    if loss not in rule["parameters"]:
+        raise unknown("loss with a search in recipes.json", loss, rule["parameters"])
+    ((name, values),) = rule["parameters"][loss].items()
     return name, values, rule["lr"]
 
-def search_row(row: Row, # method
-               folder: str | Path, # receives `DATASET-BACKBONE-REGIME-LOSS.csv`
-               dataset: str, # to search on
-               backbone: str, # as in `settings_for`
-               regime: str = "frozen", # as in `settings_for`
-               **common, # further settings of all trials
-              ) -> tuple[dict, pd.DataFrame]: # the winning settings; the trials, best first
+
+def search_row(
+    row: Row,  # method
+    folder: str | Path,  # receives `DATASET-BACKBONE-REGIME-LOSS.csv`
+    dataset: str,  # to search on
+    backbone: str,  # as in `settings_for`
+    regime: str = "frozen",  # as in `settings_for`
+    **common,  # further settings of all trials
+) -> tuple[dict, pd.DataFrame]:  # the winning settings; the trials, best first
     "Search by the rule that holds for all methods."
     loss = row.recipe["loss"]
     name, values, lrs = rule_for(loss)
     common = dict(dataset=dataset, backbone=backbone, regime=regime, embedding_size=512) | common
-    if row.noise != "none": common["noise"] = None # a method that stands in the noise table alone is searched on clean labels like the others
-    path, folds = Path(folder)/f"{dataset}-{backbone}-{regime}-{loss}.csv", tuple(recipes()["search"]["folds"])
+    if row.noise != "none":
+        common["noise"] = (
+            None  # a method that stands in the noise table alone is searched on clean labels like the others
+        )
+    path, folds = Path(folder) / f"{dataset}-{backbone}-{regime}-{loss}.csv", tuple(recipes()["search"]["folds"])
     first = search_settings(row, {name: values, "lr": lrs[:1]}, path, folds, **common)
     second = search_settings(row, {name: [first[name].iloc[0].item()], "lr": lrs}, path, folds, **common)
     trials = pd.concat([second, first[1:]]).sort_values("R@1", ascending=False, ignore_index=True, kind="stable")

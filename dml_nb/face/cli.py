@@ -21,177 +21,281 @@ import typer
 import dml_nb
 
 # %% ../../nbs/80_face/01_cli.ipynb #57b2a366
-app = typer.Typer(help="Deep metric learning: run and compare the tables of the papers.", no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    help="Deep metric learning: run and compare the tables of the papers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
-warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning) # fastai's, at every import
+warnings.filterwarnings("ignore", ".*torch.jit.script.*", FutureWarning)  # fastai's, at every import
+
 
 def fail(error: Exception):
     "Show an error of the library as one line; exit status 1."
     typer.secho(f"dml_nb: {error}", fg="red", err=True)
     raise typer.Exit(1)
 
-def parse_settings(pairs: list[str], # "key=value"; the value is JSON if it reads as such, else text
-                  ) -> dict: # key -> value
+
+def parse_settings(
+    pairs: list[str],  # "key=value"; the value is JSON if it reads as such, else text
+) -> dict:  # key -> value
     "Settings given on the command line."
     out = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals: raise ValueError(f"--set wants key=value, got {pair!r}: for instance --set epochs=5.")
+        if not equals:
+            raise ValueError(f"--set wants key=value, got {pair!r}: for instance --set epochs=5.")
         word = {"True": "true", "False": "false", "None": "null"}.get(value, value)
-        try: out[key.strip()] = json.loads(word)
-        except json.JSONDecodeError: out[key.strip()] = value
+        try:
+            out[key.strip()] = json.loads(word)
+        except json.JSONDecodeError:
+            out[key.strip()] = value
     return out
 
 # %% ../../nbs/80_face/01_cli.ipynb #40124a44
-def parse_seeds(text: str, # "0,1,2"
-               ) -> list[int]: # seeds, each at least 0
+def parse_seeds(
+    text: str,  # "0,1,2"
+) -> list[int]:  # seeds, each at least 0
     "Seeds given on the command line."
     seeds = text.split(",")
-    if not all(s.strip().isdecimal() for s in seeds): raise ValueError(f"--seeds wants whole numbers separated by commas, got {text!r}: for instance --seeds 0,1,2.")
+    if not all(s.strip().isdecimal() for s in seeds):
+        raise ValueError(f"--seeds wants whole numbers separated by commas, got {text!r}: for instance --seeds 0,1,2.")
     return [int(s) for s in seeds]
 
 # %% ../../nbs/80_face/01_cli.ipynb #9a1f093d
 def _listed(row) -> str:
     "A row in two lines: what is claimed, and whether it can run."
     from dml_nb.experiments.tables import missing
+
     why, claimed = missing(row), "  ".join(f"{metric} {value}" for metric, value in row.claimed.items())
     can = f"can run: {row.recipe['loss']} {row.recipe['params']}" if why is None else f"cannot run: {why}"
     return f"{row.id:44} {row.method:28} {row.backbone or 'not stated':13} {claimed}".rstrip() + f"\n{'':44} {can}"
 
+
 def _counted(rows: list) -> str:
     "How many rows, in the sources and here, and how many can run."
     from dml_nb.experiments.tables import count_printed, missing
-    if not any(row.claimed for row in rows): return f"{len(rows)} losses by themselves, on {rows[0].dataset}: no source claims a value."
+
+    if not any(row.claimed for row in rows):
+        return f"{len(rows)} losses by themselves, on {rows[0].dataset}: no source claims a value."
     printed, whole, part = count_printed(rows)
-    return (f"{printed} rows in the sources, {sum(len(row.claimed) for row in rows)} values: {whole} can run here, "
-            f"{part} on some of their data sets, {printed - whole - part} not. By data set and noise: {len(rows)} rows, "
-            f"{sum(missing(row) is None for row in rows)} can run here. Claimed values are the papers', in percent.")
+    return (
+        f"{printed} rows in the sources, {sum(len(row.claimed) for row in rows)} values: {whole} can run here, "
+        f"{part} on some of their data sets, {printed - whole - part} not. By data set and noise: {len(rows)} rows, "
+        f"{sum(missing(row) is None for row in rows)} can run here. Claimed values are the papers', in percent."
+    )
+
 
 def _absent(rows: list) -> list[str]:
     "A sentence for each data set that the rows can be run on, but not before its files are on this machine."
     from dml_nb.data.datasets import is_here
     from dml_nb.experiments.tables import missing
+
     names = dict.fromkeys(row.dataset for row in rows if missing(row) is None)
-    return [f"{name} is not on this machine: dml_nb data {name} says how to get it." for name in names if not is_here(name)]
+    return [
+        f"{name} is not on this machine: dml_nb data {name} says how to get it." for name in names if not is_here(name)
+    ]
 
 # %% ../../nbs/80_face/01_cli.ipynb #f89a01dd
 Out = Annotated[Path, typer.Option(help="Top folder of results.")]
 
+
 @app.command(epilog="Example: dml_nb rows II; all about one row: dml_nb rows 002-II/cub-cp-pa-k-3")
-def rows(what: Annotated[Optional[str], typer.Argument(help="A table, such as II, 002-II or own; or a row, method or loss; none: all.")] = None):
+def rows(
+    what: Annotated[
+        Optional[str], typer.Argument(help="A table, such as II, 002-II or own; or a row, method or loss; none: all.")
+    ] = None,
+):
     "List the rows of the sources' tables: claimed values, loss, and whether they can run here; explain one row."
     from dml_nb.experiments.provenance import describe
     from dml_nb.experiments.tables import all_rows, find_rows, find_table
+
     try:
-        if what is not None and find_table(what) is None: return typer.echo(describe(find_rows(what)[0]))
+        if what is not None and find_table(what) is None:
+            return typer.echo(describe(find_rows(what)[0]))
         chosen = list(all_rows().values()) if what is None else find_rows(what)
-    except ValueError as e: fail(e)
-    for row in chosen: typer.echo(_listed(row))
+    except ValueError as e:
+        fail(e)
+    for row in chosen:
+        typer.echo(_listed(row))
     typer.echo(" ".join([_counted(chosen), *_absent(chosen)]))
 
 # %% ../../nbs/80_face/01_cli.ipynb #5e0d46de
 def _cluster(address, **options):
     "A cluster from the options of the command line; None without an address."
     given = {k: v for k, v in options.items() if v is not None}
-    if address is None and given: raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for --cluster: for instance --cluster local.")
-    if address is None: return None
+    if address is None and given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for --cluster: for instance --cluster local.")
+    if address is None:
+        return None
     from dml_nb.experiments.ray_cluster import Cluster
+
     return Cluster(address, **given)
+
 
 Cpus = Annotated[Optional[float], typer.Option(help="CPUs per row, on a cluster.")]
 Gpus = Annotated[Optional[float], typer.Option(help="GPUs per row, on a cluster; default: one if there are any.")]
 Memory = Annotated[Optional[float], typer.Option(help="GiB of memory per row, on a cluster.")]
 
 # %% ../../nbs/80_face/01_cli.ipynb #4e2a2061
-@app.command(epilog='Example: dml_nb run "CP + Proxy Anchor" --dataset cub --backbone efficientnet_lite0 --regime frozen --seeds 0')
-def run(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or tables.")],
-        dataset: Annotated[Optional[str], typer.Option(help="Data set or folder of class folders, instead of the row's own.")] = None,
-        backbone: Annotated[Optional[str], typer.Option(help="Backbone, instead of the row's own.")] = None,
-        regime: Annotated[str, typer.Option(help="finetune: the whole network; frozen: a head on cached features.")] = "finetune",
-        seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
-        set: Annotated[list[str], typer.Option(help="key=value: any setting or parameter of the loss; repeatable.")] = [],
-        skip_corrupt: Annotated[bool, typer.Option(help="Leave out images that cannot be read instead of stopping.")] = False,
-        cluster: Annotated[Optional[str], typer.Option(help="Run rows in parallel with Ray: local, auto or host:port.")] = None,
-        num_cpus: Cpus = None, num_gpus: Gpus = None, memory: Memory = None,
-        retries: Annotated[int, typer.Option(help="How often a run whose process was killed is tried again.", min=0)] = 1,
-        measure: Annotated[bool, typer.Option(help="Train a few batches first to say what it will cost.")] = False,
-        out: Out = Path("runs")):
+@app.command(
+    epilog='Example: dml_nb run "CP + Proxy Anchor" --dataset cub --backbone efficientnet_lite0 --regime frozen --seeds 0'
+)
+def run(
+    what: Annotated[list[str], typer.Argument(help="Rows by id or method, or tables.")],
+    dataset: Annotated[
+        Optional[str], typer.Option(help="Data set or folder of class folders, instead of the row's own.")
+    ] = None,
+    backbone: Annotated[Optional[str], typer.Option(help="Backbone, instead of the row's own.")] = None,
+    regime: Annotated[
+        str, typer.Option(help="finetune: the whole network; frozen: a head on cached features.")
+    ] = "finetune",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    set: Annotated[list[str], typer.Option(help="key=value: any setting or parameter of the loss; repeatable.")] = [],
+    skip_corrupt: Annotated[
+        bool, typer.Option(help="Leave out images that cannot be read instead of stopping.")
+    ] = False,
+    cluster: Annotated[
+        Optional[str], typer.Option(help="Run rows in parallel with Ray: local, auto or host:port.")
+    ] = None,
+    num_cpus: Cpus = None,
+    num_gpus: Gpus = None,
+    memory: Memory = None,
+    retries: Annotated[int, typer.Option(help="How often a run whose process was killed is tried again.", min=0)] = 1,
+    measure: Annotated[bool, typer.Option(help="Train a few batches first to say what it will cost.")] = False,
+    out: Out = Path("runs"),
+):
     "Run rows as papermill notebooks; finished ones are skipped, interrupted ones resume."
     from dml_nb.experiments.batch import execute_all
     from dml_nb.experiments.tables import find_rows
+
     try:
         chosen = list(dict.fromkeys(row for name in what for row in find_rows(name, dataset)))
         spread = _cluster(cluster, num_cpus=num_cpus, num_gpus=num_gpus, memory=memory)
         overrides = parse_settings(set) | ({"on_corrupt": "skip"} if skip_corrupt else {})
         for key in overrides:
-            if key in signature(execute_all).parameters: raise ValueError(f"--set {key} is no setting of a run: see dml_nb run --help for the options.")
-        done, failed = execute_all(chosen, parse_seeds(seeds), out, dataset, backbone, regime, spread, retries, measure, **overrides)
-    except (ValueError, OSError) as e: fail(e)
+            if key in signature(execute_all).parameters:
+                raise ValueError(f"--set {key} is no setting of a run: see dml_nb run --help for the options.")
+        done, failed = execute_all(
+            chosen, parse_seeds(seeds), out, dataset, backbone, regime, spread, retries, measure, **overrides
+        )
+    except (ValueError, OSError) as e:
+        fail(e)
     except KeyboardInterrupt:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL) # the interrupted notebook's event loop has its own last words
+        logging.getLogger("asyncio").setLevel(
+            logging.CRITICAL
+        )  # the interrupted notebook's event loop has its own last words
         raise typer.Exit(130)
     typer.echo("Notebooks:")
     for folder in done:
-        if (folder/"run.ipynb").exists(): typer.echo(f"  {folder/'run.ipynb'}")
-    if failed: raise typer.Exit(1)
+        if (folder / "run.ipynb").exists():
+            typer.echo(f"  {folder / 'run.ipynb'}")
+    if failed:
+        raise typer.Exit(1)
 
 # %% ../../nbs/80_face/01_cli.ipynb #a284c537
-@app.command(epilog="Example: dml_nb report II; runs of two machines in one report: dml_nb report --runs runs --runs other/runs --out both")
-def report(table: Annotated[Optional[str], typer.Argument(help="A table, such as II; none: all.")] = None,
-           runs: Annotated[list[Path], typer.Option(help="Top folder of results; repeatable.")] = [Path("runs")],
-           out: Annotated[Optional[Path], typer.Option(help="Folder that receives the report; default: the first folder of results.")] = None):
+@app.command(
+    epilog="Example: dml_nb report II; runs of two machines in one report: dml_nb report --runs runs --runs other/runs --out both"
+)
+def report(
+    table: Annotated[Optional[str], typer.Argument(help="A table, such as II; none: all.")] = None,
+    runs: Annotated[list[Path], typer.Option(help="Top folder of results; repeatable.")] = [Path("runs")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder that receives the report; default: the first folder of results.")
+    ] = None,
+):
     "Print results beside the papers' claims, and write them as Markdown, CSV, HTML, LaTeX and pictures."
     from dml_nb.experiments.report import load_results, write_report
-    try: written = write_report(load_results(runs, table), out or runs[0], f"report-{table}" if table else "report")
-    except (ValueError, OSError) as e: fail(e)
+
+    try:
+        written = write_report(load_results(runs, table), out or runs[0], f"report-{table}" if table else "report")
+    except (ValueError, OSError) as e:
+        fail(e)
     typer.echo(written[0].read_text())
-    for path in written: typer.echo(f"written: {path}")
+    for path in written:
+        typer.echo(f"written: {path}")
 
 # %% ../../nbs/80_face/01_cli.ipynb #0b02069d
 @app.command(epilog="Example: dml_nb data cub")
-def data(name: Annotated[str, typer.Argument(help="Name of a data set, or a folder of class folders.")],
-         skip_corrupt: Annotated[bool, typer.Option(help="Leave out files that cannot be read instead of stopping.")] = False):
+def data(
+    name: Annotated[str, typer.Argument(help="Name of a data set, or a folder of class folders.")],
+    skip_corrupt: Annotated[
+        bool, typer.Option(help="Leave out files that cannot be read instead of stopping.")
+    ] = False,
+):
     "Check a data set: counts, unreadable files, checksum."
     from dml_nb.data import load_dataset
-    try: loaded = load_dataset(name, on_corrupt="skip" if skip_corrupt else "stop")
-    except (ValueError, OSError) as e: fail(e)
+
+    try:
+        loaded = load_dataset(name, on_corrupt="skip" if skip_corrupt else "stop")
+    except (ValueError, OSError) as e:
+        fail(e)
     typer.echo(f"{loaded}\n  checksum {loaded.checksum}")
 
 # %% ../../nbs/80_face/01_cli.ipynb #005f1852
 @app.command(epilog="Example: dml_nb tune MS --dataset cub --backbone efficientnet_lite0 --regime frozen")
-def tune(what: Annotated[list[str], typer.Argument(help="Rows by id or method, or tables; rows of one loss are searched once.")],
-         dataset: Annotated[str, typer.Option(help="Data set whose training classes are split.")],
-         backbone: Annotated[str, typer.Option(help="Network.")],
-         regime: Annotated[str, typer.Option(help="finetune or frozen.")] = "frozen",
-         out: Annotated[Path, typer.Option(help="Folder that receives a CSV for each loss.")] = Path("runs/search")):
+def tune(
+    what: Annotated[
+        list[str], typer.Argument(help="Rows by id or method, or tables; rows of one loss are searched once.")
+    ],
+    dataset: Annotated[str, typer.Option(help="Data set whose training classes are split.")],
+    backbone: Annotated[str, typer.Option(help="Network.")],
+    regime: Annotated[str, typer.Option(help="finetune or frozen.")] = "frozen",
+    out: Annotated[Path, typer.Option(help="Folder that receives a CSV for each loss.")] = Path("runs/search"),
+):
     "Search settings on held-out training classes, by the rule that is the same for all methods."
     from dml_nb.experiments.tables import find_rows
     from dml_nb.experiments.tune import search_row
+
     try:
-        rows = {row.recipe["loss"]: row for name in reversed(what) for row in reversed(find_rows(name, dataset)) if row.recipe}
+        rows = {
+            row.recipe["loss"]: row
+            for name in reversed(what)
+            for row in reversed(find_rows(name, dataset))
+            if row.recipe
+        }
         for row in reversed(rows.values()):
             won, trials = search_row(row, out, dataset, backbone, regime)
-            typer.echo(f"{row.recipe['loss']} ({row.method}): {', '.join(f'{k}={v:g}' for k, v in won.items())}: R@1 {100*trials['R@1'].max():.1f} on held-out classes")
-    except (ValueError, OSError) as e: fail(e)
+            typer.echo(
+                f"{row.recipe['loss']} ({row.method}): {', '.join(f'{k}={v:g}' for k, v in won.items())}: R@1 {100 * trials['R@1'].max():.1f} on held-out classes"
+            )
+    except (ValueError, OSError) as e:
+        fail(e)
 
 # %% ../../nbs/80_face/01_cli.ipynb #cca7f90b
 @app.command(epilog="Example: dml_nb quickstart --out quickstart")
-def quickstart(out: Out = Path("quickstart"),
-               epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3):
+def quickstart(out: Out = Path("quickstart"), epochs: Annotated[int, typer.Option(help="Epochs of each run.")] = 3):
     "Train Proxy Anchor and CP + Proxy Anchor on glyphs and compare them."
     typer.echo("Two methods on glyphs, a small network trained from nothing, about a minute each on two cores.")
-    run(["PA multi-proxy K=1 w/o CP", "CP + PA K=3"], dataset="glyphs", backbone="small_cnn", set=[f"epochs={epochs}"], out=out)
+    run(
+        ["PA multi-proxy K=1 w/o CP", "CP + PA K=3"],
+        dataset="glyphs",
+        backbone="small_cnn",
+        set=[f"epochs={epochs}"],
+        out=out,
+    )
     report(runs=[out])
 
 # %% ../../nbs/80_face/01_cli.ipynb #c3a8a94a
-@app.command(epilog="Example: dml_nb bench losses -- --losses circle triplet --batches 120",
-             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context,
-          name: Annotated[str, typer.Argument(help="A script of benchmarks/, such as losses.")]):
+@app.command(
+    epilog="Example: dml_nb bench losses -- --losses circle triplet --batches 120",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(
+    context: typer.Context, name: Annotated[str, typer.Argument(help="A script of benchmarks/, such as losses.")]
+):
     "Run a benchmark; what follows -- goes to the script."
     from dml_nb.core.similarity import unknown
-    folder = Path(dml_nb.__file__).parents[1]/"benchmarks"
+
+    folder = Path(dml_nb.__file__).parents[1] / "benchmarks"
     scripts = [p.stem for p in folder.glob("*.py")]
-    if not scripts: fail(ValueError("there is no folder benchmarks/ beside the package: clone the repository and install it with pip install --editable ."))
-    if name not in scripts: fail(unknown("benchmark", name, scripts))
-    raise typer.Exit(subprocess.run([sys.executable, folder/f"{name}.py", *context.args]).returncode)
+    if not scripts:
+        fail(
+            ValueError(
+                "there is no folder benchmarks/ beside the package: clone the repository and install it with pip install --editable ."
+            )
+        )
+    if name not in scripts:
+        fail(unknown("benchmark", name, scripts))
+    raise typer.Exit(subprocess.run([sys.executable, folder / f"{name}.py", *context.args]).returncode)

@@ -11,28 +11,37 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
-from .base import DMLLoss, check_whole, register
 from ..core.similarity import unit
+from .base import DMLLoss, check_whole, register
 
 # %% ../../nbs/40_losses/41_adversarial.ipynb #35b01835
 class _Reverse(torch.autograd.Function):
     generate_vmap_rule = True
-    @staticmethod
-    def forward(x): return x.view_as(x)
-    @staticmethod
-    def setup_context(ctx, inputs, output): pass
-    @staticmethod
-    def backward(ctx, grad): return -grad
 
-def reverse_gradient(x: Tensor, # any shape
-                    ) -> Tensor: # the same values
+    @staticmethod
+    def forward(x):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def reverse_gradient(
+    x: Tensor,  # any shape
+) -> Tensor:  # the same values
     "Identity whose gradient is -1."
     return _Reverse.apply(x)
 
 # %% ../../nbs/40_losses/41_adversarial.ipynb #55e04de7
-def agreement(chunk_Bd: Tensor, # (B, d) a chunk of the embedding
-              predicted_Bd: Tensor, # (B, d) what the regressor makes of the next chunk
-             ) -> Tensor: # scalar in [0, 1/d]
+def agreement(
+    chunk_Bd: Tensor,  # (B, d) a chunk of the embedding
+    predicted_Bd: Tensor,  # (B, d) what the regressor makes of the next chunk
+) -> Tensor:  # scalar in [0, 1/d]
     "Mean squared product by coordinate of the unit vectors: how well the large coordinates were guessed."
     return (unit(chunk_Bd) * unit(predicted_Bd)).square().mean(1).mean()
 
@@ -40,28 +49,45 @@ def agreement(chunk_Bd: Tensor, # (B, d) a chunk of the embedding
 @register("adversarial", mic=dict(hidden=512))
 class AdversarialLoss(DMLLoss):
     "Adversarial decorrelation of the chunks of an embedding; to be added to another loss."
-    exact_gradient = False # the embeddings' gradient is minus that of the value, by design
-    def __init__(self,
-                 embedding_size: int, # D
-                 chunks: int = 2, # parts of D/chunks consecutive coordinates
-                 hidden: int | None = None, # h, with a ReLU; None: D/chunks without a non-linearity, as CBML
-                ):
+
+    exact_gradient = False  # the embeddings' gradient is minus that of the value, by design
+
+    def __init__(
+        self,
+        embedding_size: int,  # D
+        chunks: int = 2,  # parts of D/chunks consecutive coordinates
+        hidden: int | None = None,  # h, with a ReLU; None: D/chunks without a non-linearity, as CBML
+    ):
         super().__init__()
-        check_whole(chunks=(chunks, 2), embedding_size=(embedding_size, 2), **({} if hidden is None else dict(hidden=(hidden, 1))))
-        if embedding_size % chunks: raise ValueError(f"embedding_size {embedding_size} cannot be split into {chunks} equal chunks: choose a divisor of it.")
+        check_whole(
+            chunks=(chunks, 2),
+            embedding_size=(embedding_size, 2),
+            **({} if hidden is None else dict(hidden=(hidden, 1))),
+        )
+        if embedding_size % chunks:
+            raise ValueError(
+                f"embedding_size {embedding_size} cannot be split into {chunks} equal chunks: choose a divisor of it."
+            )
         self.embedding_size, self.chunks, d = embedding_size, chunks, embedding_size // chunks
         between = [] if hidden is None else [nn.ReLU()]
-        self.regressors = nn.ModuleList(nn.Sequential(nn.Linear(d, hidden or d), *between, nn.Linear(hidden or d, d)) for _ in range(chunks - 1))
+        self.regressors = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, hidden or d), *between, nn.Linear(hidden or d, d)) for _ in range(chunks - 1)
+        )
 
 # %% ../../nbs/40_losses/41_adversarial.ipynb #0a7d9d51
 @patch
-def regress(self: AdversarialLoss,
-            number: int, # of the chunk to be predicted
-            x_Bd: Tensor, # (B, d) unit vectors of the next chunk
-           ) -> Tensor: # (B, d)
+def regress(
+    self: AdversarialLoss,
+    number: int,  # of the chunk to be predicted
+    x_Bd: Tensor,  # (B, d) unit vectors of the next chunk
+) -> Tensor:  # (B, d)
     "Run a regressor in the dtype of its input."
     for layer in self.regressors[number]:
-        x_Bd = relu(x_Bd) if isinstance(layer, nn.ReLU) else linear(x_Bd, layer.weight.to(x_Bd.dtype), layer.bias.to(x_Bd.dtype))
+        x_Bd = (
+            relu(x_Bd)
+            if isinstance(layer, nn.ReLU)
+            else linear(x_Bd, layer.weight.to(x_Bd.dtype), layer.bias.to(x_Bd.dtype))
+        )
     return x_Bd
 
 # %% ../../nbs/40_losses/41_adversarial.ipynb #a587acaf

@@ -20,10 +20,11 @@ from ..core.similarity import check_embeddings, check_labels, in_float32, unknow
 # %% ../../nbs/40_losses/01_base.ipynb #d4e54238
 class DMLLoss(nn.Module):
     "Base of every loss: checks its input, computes in float32, counts the anchors that took part."
+
     num_classes: int | None = None
     embedding_size: int | None = None
-    normalised: bool = True # unit vectors and raw vectors give the same value
-    exact_gradient: bool = True # False where the paper holds back or reverses a part of the gradient
+    normalised: bool = True  # unit vectors and raw vectors give the same value
+    exact_gradient: bool = True  # False where the paper holds back or reverses a part of the gradient
     active: int | Tensor = 0
 
     def __init__(self):
@@ -31,19 +32,22 @@ class DMLLoss(nn.Module):
         self.register_buffer("at_epoch", torch.zeros((), dtype=torch.long))
 
     @property
-    def epoch(self) -> int: return int(self.at_epoch) # 0-based
+    def epoch(self) -> int:
+        return int(self.at_epoch)  # 0-based
 
     @epoch.setter
-    def epoch(self, epoch: int): self.at_epoch.fill_(epoch)
+    def epoch(self, epoch: int):
+        self.at_epoch.fill_(epoch)
 
     @property
-    def last_active(self) -> int: return int(self.active) # anchors that took part in the latest call
+    def last_active(self) -> int:
+        return int(self.active)  # anchors that took part in the latest call
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "The formula; each loss writes its own."
         raise TypeError(f"{type(self).__name__} must define compute(embeddings, labels).")
 
-    def set_epoch(self, epoch: int): # 0-based
+    def set_epoch(self, epoch: int):  # 0-based
         "Tell the loss which epoch begins; methods with a schedule read it."
         self.epoch = epoch
 
@@ -53,14 +57,15 @@ from fastcore.basics import patch
 # %% ../../nbs/40_losses/01_base.ipynb #351f34fd
 @patch
 @in_float32
-def forward(self: DMLLoss,
-            embeddings: Tensor, # (B, D) floating point
-            labels: Tensor, # (B,) integer class ids
-            indices_tuple: tuple[Tensor, ...] | None = None, # mined pairs, for losses that take them
-            ref_emb: Tensor | None = None, # (N, D) references, for losses that take them
-            ref_labels: Tensor | None = None, # (N,)
-            sample_ids: Tensor | None = None, # (B,) which images these are, for losses that remember images
-           ) -> Tensor: # scalar, attached to the graph
+def forward(
+    self: DMLLoss,
+    embeddings: Tensor,  # (B, D) floating point
+    labels: Tensor,  # (B,) integer class ids
+    indices_tuple: tuple[Tensor, ...] | None = None,  # mined pairs, for losses that take them
+    ref_emb: Tensor | None = None,  # (N, D) references, for losses that take them
+    ref_labels: Tensor | None = None,  # (N,)
+    sample_ids: Tensor | None = None,  # (B,) which images these are, for losses that remember images
+) -> Tensor:  # scalar, attached to the graph
     "Check, then compute; an empty batch or one without usable pairs gives 0."
     check_embeddings(embeddings, self.embedding_size)
     check_labels(labels, len(embeddings), self.num_classes)
@@ -69,148 +74,194 @@ def forward(self: DMLLoss,
     given = {key: value for key, value in given.items() if value is not None}
     for key in given:
         why = "remembers no images" if key == "sample_ids" else "does not work on pairs of the batch"
-        if key not in signature(self.compute).parameters: raise ValueError(f"{type(self).__name__} takes no {key}, because it {why}: leave it out.")
-    if not len(embeddings): return embeddings.sum() * 0
+        if key not in signature(self.compute).parameters:
+            raise ValueError(f"{type(self).__name__} takes no {key}, because it {why}: leave it out.")
+    if not len(embeddings):
+        return embeddings.sum() * 0
     return self.compute(embeddings, labels.long(), **given)
 
 # %% ../../nbs/40_losses/01_base.ipynb #e1119ea0
 @patch
 def _load_from_state_dict(self: DMLLoss, state, prefix, *args):
-    state.setdefault(prefix + "at_epoch", self.at_epoch) # states from before the epoch was kept
+    state.setdefault(prefix + "at_epoch", self.at_epoch)  # states from before the epoch was kept
     nn.Module._load_from_state_dict(self, state, prefix, *args)
 
 # %% ../../nbs/40_losses/01_base.ipynb #0b54ee7c
-def check_at_least(**values: tuple[float, float] # name=(value, smallest allowed)
-                  ):
+def check_at_least(
+    **values: tuple[float, float],  # name=(value, smallest allowed)
+):
     "Raise `ValueError` for the first value that is not a number or below its limit."
     for name, (value, least) in values.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value): raise ValueError(f"{name} must be a number, got {value!r}.")
-        if value < least: raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+            raise ValueError(f"{name} must be a number, got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 # %% ../../nbs/40_losses/01_base.ipynb #fa83b464
-def check_whole(**values: tuple[int, int] # name=(value, smallest allowed)
-               ):
+def check_whole(
+    **values: tuple[int, int],  # name=(value, smallest allowed)
+):
     "Raise `ValueError` for the first value that is not a whole number or below its limit."
     for name, (value, least) in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral): raise ValueError(f"{name} must be a whole number, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
     check_at_least(**values)
 
 # %% ../../nbs/40_losses/01_base.ipynb #d4f1f90e
-def check_default(why: str, # why the parameters have no effect, such as "with a miner"
-                  **values: tuple # name=(value, default)
-                 ):
+def check_default(
+    why: str,  # why the parameters have no effect, such as "with a miner"
+    **values: tuple,  # name=(value, default)
+):
     "Raise `ValueError` for the first value that was set although it does nothing."
     for name, (value, default) in values.items():
-        if value != default: raise ValueError(f"{name}={value!r} has no effect {why}: leave it out.")
+        if value != default:
+            raise ValueError(f"{name}={value!r} has no effect {why}: leave it out.")
 
 # %% ../../nbs/40_losses/01_base.ipynb #9f9438e0
 _registry: dict[str, Callable] = {}
 _presets: dict[str, dict[str, dict]] = {}
 
-def register(name: str, # the name for `create_loss`
-             **presets: dict, # preset name = the parameters it sets
-            ) -> Callable: # decorator for a loss class or a function that builds one
+
+def register(
+    name: str,  # the name for `create_loss`
+    **presets: dict,  # preset name = the parameters it sets
+) -> Callable:  # decorator for a loss class or a function that builds one
     "Make a loss known under a name."
+
     def keep(factory):
         _registry[name], _presets[name] = factory, presets
         return factory
+
     return keep
 
 # %% ../../nbs/40_losses/01_base.ipynb #144c371c
-def list_losses() -> list[str]: # names in alphabetical order
+def list_losses() -> list[str]:  # names in alphabetical order
     "Every name that `create_loss` knows."
     return sorted(_registry)
 
-def list_presets(name: str # one of `list_losses()`
-                ) -> dict[str, dict]: # preset name -> the parameters it sets
+
+def list_presets(
+    name: str,  # one of `list_losses()`
+) -> dict[str, dict]:  # preset name -> the parameters it sets
     "The presets of a loss."
-    if name not in _registry: raise unknown("loss", name, _registry)
+    if name not in _registry:
+        raise unknown("loss", name, _registry)
     return _presets[name]
 
 # %% ../../nbs/40_losses/01_base.ipynb #0bf18bf8
 def _create_one(name, sizes, preset=None, **params):
     presets = list_presets(name)
-    if preset is not None and preset not in presets: raise unknown(f"preset of the loss {name!r}", preset, presets)
+    if preset is not None and preset not in presets:
+        raise unknown(f"preset of the loss {name!r}", preset, presets)
     factory = _registry[name]
     takes = signature(factory).parameters
     for key in params:
-        if key not in takes: raise unknown(f"parameter of the loss {name!r}", key, [p for p in takes if p not in sizes])
+        if key not in takes:
+            raise unknown(f"parameter of the loss {name!r}", key, [p for p in takes if p not in sizes])
     params = presets.get(preset, {}) | params
     for key, value in sizes.items():
-        if key not in takes: continue
+        if key not in takes:
+            continue
         if value is not None:
             check_whole(**{key: (value, 1)})
             params[key] = int(value)
-        elif takes[key].default is Parameter.empty: raise ValueError(f"the loss {name!r} needs {key}: pass create_loss({name!r}, {key}=...).")
+        elif takes[key].default is Parameter.empty:
+            raise ValueError(f"the loss {name!r} needs {key}: pass create_loss({name!r}, {key}=...).")
     return factory(**params)
 
 # %% ../../nbs/40_losses/01_base.ipynb #b791e4da
-def takes_ids(loss, # a loss of any kind
-             ) -> bool: # True: `remember` wants to know which images it gets, and so does the call
+def takes_ids(
+    loss,  # a loss of any kind
+) -> bool:  # True: `remember` wants to know which images it gets, and so does the call
     "Whether a loss tells the images of its memory apart."
     return "sample_ids" in signature(loss.remember).parameters if hasattr(loss, "remember") else False
 
 # %% ../../nbs/40_losses/01_base.ipynb #7ef97918
 class WeightedSum(DMLLoss):
     "The weighted sum of losses; each part keeps its own parameters, schedule and memory."
-    def __init__(self,
-                 losses: dict[str, nn.Module], # name -> loss
-                 weights: dict[str, float], # name -> weight
-                ):
+
+    def __init__(
+        self,
+        losses: dict[str, nn.Module],  # name -> loss
+        weights: dict[str, float],  # name -> weight
+    ):
         super().__init__()
         check_at_least(**{f"the weight of {name!r}": (weight, 0) for name, weight in weights.items()})
         self.losses, self.weights = nn.ModuleDict(losses), dict(weights)
         self.normalised = all(getattr(loss, "normalised", True) for loss in losses.values())
         self.exact_gradient = all(getattr(loss, "exact_gradient", True) for loss in losses.values())
-        for name in ("proxies", "centers", "global_center"): # of the first part that has them, for monitors
+        for name in ("proxies", "centers", "global_center"):  # of the first part that has them, for monitors
             owner = next((loss for loss in losses.values() if hasattr(loss, name)), None)
-            if owner is not None: self.shared = getattr(self, "shared", {}) | {name: owner}
+            if owner is not None:
+                self.shared = getattr(self, "shared", {}) | {name: owner}
 
     def __getattr__(self, name: str):
         shared = self.__dict__.get("shared", {})
         return getattr(shared[name], name) if name in shared else super().__getattr__(name)
 
-    def compute(self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None, sample_ids=None) -> Tensor:
+    def compute(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None, sample_ids=None
+    ) -> Tensor:
         "Sum of the parts, each with what it takes of the options; `active` is the largest of theirs."
         given = dict(indices_tuple=indices_tuple, ref_emb=ref_emb, ref_labels=ref_labels, sample_ids=sample_ids)
         given = {key: value for key, value in given.items() if value is not None}
-        takes = {name: signature(getattr(loss, "compute", loss.forward)).parameters for name, loss in self.losses.items()}
+        takes = {
+            name: signature(getattr(loss, "compute", loss.forward)).parameters for name, loss in self.losses.items()
+        }
         for key in given:
-            if key == "sample_ids" or any(key in taken for taken in takes.values()): continue
-            raise ValueError(f"no part of the sum of {', '.join(takes)} takes {key}, because none works on pairs of the batch: leave it out.")
-        values = [self.weights[name] * loss(embeddings, labels, **{k: v for k, v in given.items() if k in takes[name]}) for name, loss in self.losses.items()]
-        actives = [torch.as_tensor(getattr(loss, "active", len(labels)), device=labels.device) for loss in self.losses.values()]
+            if key == "sample_ids" or any(key in taken for taken in takes.values()):
+                continue
+            raise ValueError(
+                f"no part of the sum of {', '.join(takes)} takes {key}, because none works on pairs of the batch: leave it out."
+            )
+        values = [
+            self.weights[name] * loss(embeddings, labels, **{k: v for k, v in given.items() if k in takes[name]})
+            for name, loss in self.losses.items()
+        ]
+        actives = [
+            torch.as_tensor(getattr(loss, "active", len(labels)), device=labels.device) for loss in self.losses.values()
+        ]
         self.active = torch.stack(actives).amax()
         return torch.stack(values).sum()
 
 # %% ../../nbs/40_losses/01_base.ipynb #e34e26ac
 @patch
-def set_epoch(self: WeightedSum, epoch: int): # 0-based
+def set_epoch(self: WeightedSum, epoch: int):  # 0-based
     "Tell every part."
     self.epoch = epoch
     for loss in self.losses.values():
-        if hasattr(loss, "set_epoch"): loss.set_epoch(epoch)
+        if hasattr(loss, "set_epoch"):
+            loss.set_epoch(epoch)
+
 
 @patch
 def remember(self: WeightedSum, embeddings: Tensor, labels: Tensor, sample_ids: Tensor | None = None):
     "Hand the batch to every part that keeps a memory, with the images' ids where it takes them."
     for loss in self.losses.values():
-        if hasattr(loss, "remember"): loss.remember(embeddings, labels, **(dict(sample_ids=sample_ids) if takes_ids(loss) else {}))
+        if hasattr(loss, "remember"):
+            loss.remember(embeddings, labels, **(dict(sample_ids=sample_ids) if takes_ids(loss) else {}))
 
 # %% ../../nbs/40_losses/01_base.ipynb #a202618b
-def create_loss(name: str | dict[str, float], # one of `list_losses()`, or names -> weights for a weighted sum
-                num_classes: int | None = None, # C; needed by losses with proxies
-                embedding_size: int | None = None, # D; needed by losses with proxies
-                preset: str | None = None, # one of `list_presets(name)`
-                **params, # the loss's own parameters; for a sum, name={parameters}
-               ) -> DMLLoss: # ready for `loss(embeddings, labels)`
+def create_loss(
+    name: str | dict[str, float],  # one of `list_losses()`, or names -> weights for a weighted sum
+    num_classes: int | None = None,  # C; needed by losses with proxies
+    embedding_size: int | None = None,  # D; needed by losses with proxies
+    preset: str | None = None,  # one of `list_presets(name)`
+    **params,  # the loss's own parameters; for a sum, name={parameters}
+) -> DMLLoss:  # ready for `loss(embeddings, labels)`
     "Build a loss, or a weighted sum of losses, by name."
     sizes = dict(num_classes=num_classes, embedding_size=embedding_size)
-    if not isinstance(name, dict): return _create_one(name, sizes, preset, **params)
-    if not name: raise ValueError("a weighted sum needs at least one loss: pass {name: weight}.")
-    if preset is not None: raise ValueError("a weighted sum has a preset for each part: pass name={'preset': ...}.")
+    if not isinstance(name, dict):
+        return _create_one(name, sizes, preset, **params)
+    if not name:
+        raise ValueError("a weighted sum needs at least one loss: pass {name: weight}.")
+    if preset is not None:
+        raise ValueError("a weighted sum has a preset for each part: pass name={'preset': ...}.")
     for part in params:
-        if part not in name: raise unknown("part of the weighted sum", part, name)
+        if part not in name:
+            raise unknown("part of the weighted sum", part, name)
         if not isinstance(params[part], dict):
-            raise ValueError(f"the parameters of {part!r} must be a dictionary, got {params[part]!r}: pass {part}={{'parameter': value}}.")
+            raise ValueError(
+                f"the parameters of {part!r} must be a dictionary, got {params[part]!r}: pass {part}={{'parameter': value}}."
+            )
     return WeightedSum({part: _create_one(part, sizes, **params.get(part, {})) for part in name}, name)

@@ -12,65 +12,81 @@ from functools import partial
 from inspect import signature
 from typing import Callable
 
-from torch import Tensor
 from fastcore.meta import delegates
+from torch import Tensor
 
-from .calibrate_proxy import CalibrateProxyLoss
-from .softmax import arcface, cosface, norm_softmax
-from .base import check_at_least, check_default, create_loss, list_losses, register
-from .proxy_nca import proxy_nca, proxy_spread, softtriple
 from ..core.similarity import unknown
+from .base import check_at_least, check_default, create_loss, list_losses, register
+from .calibrate_proxy import CalibrateProxyLoss
+from .proxy_nca import proxy_nca, proxy_spread, softtriple
+from .softmax import arcface, cosface, norm_softmax
 
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #01e1cb4b
-READINGS = dict(literal=dict(proxy_temp=1.), sharp=dict(proxy_temp=.1)) # of Eq. 5
-HIDDEN = ["host", "regulariser"] # parameters that a host sets itself
-OPTION_NAMES = [name for name in signature(CalibrateProxyLoss).parameters if name not in ("num_classes", "embedding_size", "host")]
+READINGS = dict(literal=dict(proxy_temp=1.0), sharp=dict(proxy_temp=0.1))  # of Eq. 5
+HIDDEN = ["host", "regulariser"]  # parameters that a host sets itself
+OPTION_NAMES = [
+    name for name in signature(CalibrateProxyLoss).parameters if name not in ("num_classes", "embedding_size", "host")
+]
 
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #862426c9
 @register("cp_proxy_nca", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
-def cp_proxy_nca(num_classes: int, # C
-                 embedding_size: int, # D, 64 in the paper
-                 nca_scale: float = 18., # κ (18: Proxy-NCA's released code, 64: Proxy Anchor's)
-                 include_positive: bool = False, # own class in the denominator
-                 **kwargs, # the options of `CalibrateProxyLoss`
-                ) -> CalibrateProxyLoss:
+def cp_proxy_nca(
+    num_classes: int,  # C
+    embedding_size: int,  # D, 64 in the paper
+    nca_scale: float = 18.0,  # κ (18: Proxy-NCA's released code, 64: Proxy Anchor's)
+    include_positive: bool = False,  # own class in the denominator
+    **kwargs,  # the options of `CalibrateProxyLoss`
+) -> CalibrateProxyLoss:
     "CP around Proxy-NCA (CP Eq. 8)."
     check_at_least(nca_scale=(nca_scale, 1e-4))
-    return CalibrateProxyLoss(num_classes, embedding_size, partial(proxy_nca, scale=nca_scale, include_positive=include_positive), **kwargs)
+    return CalibrateProxyLoss(
+        num_classes, embedding_size, partial(proxy_nca, scale=nca_scale, include_positive=include_positive), **kwargs
+    )
 
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #42fadb5e
-def weighted_spread(proxies: Tensor, # (C, K, D)
-                    tau: float, # τ
-                   ) -> Tensor | float: # scalar; 0 with one proxy a class
+def weighted_spread(
+    proxies: Tensor,  # (C, K, D)
+    tau: float,  # τ
+) -> Tensor | float:  # scalar; 0 with one proxy a class
     "SoftTriple's regulariser with its weight."
-    return tau * proxy_spread(proxies) if proxies.shape[1] > 1 and tau else 0.
+    return tau * proxy_spread(proxies) if proxies.shape[1] > 1 and tau else 0.0
 
-@register("cp_softtriple", literal=dict(proxy_temp=1., tau=0.), sharp=dict(proxy_temp=.1))
+
+@register("cp_softtriple", literal=dict(proxy_temp=1.0, tau=0.0), sharp=dict(proxy_temp=0.1))
 @delegates(CalibrateProxyLoss, but=HIDDEN)
-def cp_softtriple(num_classes: int, # C
-                  embedding_size: int, # D
-                  scale: float = 20., # λ_s
-                  margin: float = .01, # δ_s
-                  tau: float = .2, # τ, weight of the regulariser; 0: Eq. 9 as printed
-                  proxy_temp: float = .1, # γ of the softmax over the K proxies, SoftTriple's own
-                  **kwargs, # the options of `CalibrateProxyLoss`
-                 ) -> CalibrateProxyLoss:
+def cp_softtriple(
+    num_classes: int,  # C
+    embedding_size: int,  # D
+    scale: float = 20.0,  # λ_s
+    margin: float = 0.01,  # δ_s
+    tau: float = 0.2,  # τ, weight of the regulariser; 0: Eq. 9 as printed
+    proxy_temp: float = 0.1,  # γ of the softmax over the K proxies, SoftTriple's own
+    **kwargs,  # the options of `CalibrateProxyLoss`
+) -> CalibrateProxyLoss:
     "CP around SoftTriple (CP Eq. 9)."
     check_at_least(scale=(scale, 1e-4), margin=(margin, 0), tau=(tau, 0))
-    if kwargs.get("proxies_per_class") == 1: # what belongs to several proxies does nothing
-        if tau: check_default("with one proxy a class", tau=(tau, .2))
-    return CalibrateProxyLoss(num_classes, embedding_size, partial(softtriple, scale=scale, margin=margin), proxy_temp=proxy_temp,
-                              regulariser=partial(weighted_spread, tau=tau), **kwargs)
+    if kwargs.get("proxies_per_class") == 1:  # what belongs to several proxies does nothing
+        if tau:
+            check_default("with one proxy a class", tau=(tau, 0.2))
+    return CalibrateProxyLoss(
+        num_classes,
+        embedding_size,
+        partial(softtriple, scale=scale, margin=margin),
+        proxy_temp=proxy_temp,
+        regulariser=partial(weighted_spread, tau=tau),
+        **kwargs,
+    )
 
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #af615956
 @register("cp_norm_softmax", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
-def cp_norm_softmax(num_classes: int, # C
-                    embedding_size: int, # D
-                    temperature: float = .05, # T
-                    **kwargs, # the options of `CalibrateProxyLoss`
-                   ) -> CalibrateProxyLoss:
+def cp_norm_softmax(
+    num_classes: int,  # C
+    embedding_size: int,  # D
+    temperature: float = 0.05,  # T
+    **kwargs,  # the options of `CalibrateProxyLoss`
+) -> CalibrateProxyLoss:
     "CP around the normalised softmax."
     check_at_least(temperature=(temperature, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(norm_softmax, temperature=temperature), **kwargs)
@@ -78,12 +94,13 @@ def cp_norm_softmax(num_classes: int, # C
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #a1d4ac22
 @register("cp_cosface", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
-def cp_cosface(num_classes: int, # C
-               embedding_size: int, # D
-               margin: float = .35, # m, taken off the own similarity
-               scale: float = 64., # κ
-               **kwargs, # the options of `CalibrateProxyLoss`
-              ) -> CalibrateProxyLoss:
+def cp_cosface(
+    num_classes: int,  # C
+    embedding_size: int,  # D
+    margin: float = 0.35,  # m, taken off the own similarity
+    scale: float = 64.0,  # κ
+    **kwargs,  # the options of `CalibrateProxyLoss`
+) -> CalibrateProxyLoss:
     "CP around CosFace."
     check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(cosface, margin=margin, scale=scale), **kwargs)
@@ -91,34 +108,51 @@ def cp_cosface(num_classes: int, # C
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #9e5d2a9b
 @register("cp_arcface", **READINGS)
 @delegates(CalibrateProxyLoss, but=HIDDEN)
-def cp_arcface(num_classes: int, # C
-               embedding_size: int, # D
-               margin: float = math.radians(28.6), # m, added to the own angle, in radians
-               scale: float = 64., # κ
-               combine: str = "average", # the sum is no cosine
-               empty_queue: str = "twice", # so that a class without entries keeps S = S_p under the average
-               **kwargs, # the options of `CalibrateProxyLoss`
-              ) -> CalibrateProxyLoss:
+def cp_arcface(
+    num_classes: int,  # C
+    embedding_size: int,  # D
+    margin: float = math.radians(28.6),  # m, added to the own angle, in radians
+    scale: float = 64.0,  # κ
+    combine: str = "average",  # the sum is no cosine
+    empty_queue: str = "twice",  # so that a class without entries keeps S = S_p under the average
+    **kwargs,  # the options of `CalibrateProxyLoss`
+) -> CalibrateProxyLoss:
     "CP around ArcFace, with the average of both similarities."
     check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
-    if combine == "sum": raise ValueError("cp_arcface needs combine='average': the sum of two cosines has no angle.")
-    if kwargs.get("center") == "centred": raise ValueError("cp_arcface needs center='raw': without the common part S is no cosine and has no angle.")
-    return CalibrateProxyLoss(num_classes, embedding_size, partial(arcface, margin=margin, scale=scale), combine=combine, empty_queue=empty_queue, **kwargs)
+    if combine == "sum":
+        raise ValueError("cp_arcface needs combine='average': the sum of two cosines has no angle.")
+    if kwargs.get("center") == "centred":
+        raise ValueError("cp_arcface needs center='raw': without the common part S is no cosine and has no angle.")
+    return CalibrateProxyLoss(
+        num_classes,
+        embedding_size,
+        partial(arcface, margin=margin, scale=scale),
+        combine=combine,
+        empty_queue=empty_queue,
+        **kwargs,
+    )
 
 # %% ../../nbs/40_losses/33_calibrate_hosts.ipynb #a1bbe794
-def calibrate(host: str | Callable[[Tensor, Tensor], Tensor], # name, such as "proxy_anchor", or a function of class similarities (B, C) and labels
-              num_classes: int, # C
-              embedding_size: int, # D
-              **params, # options of `CalibrateProxyLoss`; for a name, those of the host as well
-             ) -> CalibrateProxyLoss: # ready for `loss(embeddings, labels)`
+def calibrate(
+    host: str
+    | Callable[
+        [Tensor, Tensor], Tensor
+    ],  # name, such as "proxy_anchor", or a function of class similarities (B, C) and labels
+    num_classes: int,  # C
+    embedding_size: int,  # D
+    **params,  # options of `CalibrateProxyLoss`; for a name, those of the host as well
+) -> CalibrateProxyLoss:  # ready for `loss(embeddings, labels)`
     "CP around any loss that is a function of class similarities."
     if callable(host):
         preset = params.pop("preset", "literal")
-        if preset not in READINGS: raise unknown("preset", preset, READINGS)
+        if preset not in READINGS:
+            raise unknown("preset", preset, READINGS)
         params = READINGS[preset] | params
         for name in params:
-            if name not in OPTION_NAMES: raise unknown("option of CalibrateProxyLoss", name, OPTION_NAMES)
+            if name not in OPTION_NAMES:
+                raise unknown("option of CalibrateProxyLoss", name, OPTION_NAMES)
         return CalibrateProxyLoss(num_classes, embedding_size, host, **params)
     hosts = [name.removeprefix("cp_") for name in list_losses() if name.startswith("cp_")]
-    if host not in hosts: raise unknown("host", host, hosts)
+    if host not in hosts:
+        raise unknown("host", host, hosts)
     return create_loss(f"cp_{host}", num_classes, embedding_size, **params)

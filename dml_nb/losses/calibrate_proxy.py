@@ -10,59 +10,74 @@ from types import SimpleNamespace
 from typing import Callable
 
 import torch
-from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
+from torch import Tensor
 
-from .composite import calibration, composite_similarity, entry_similarity
-from .base import DMLLoss, check_at_least, check_default, check_whole, register
-from .proxy_anchor import init_proxies, multi_proxy_similarity, proxy_anchor
 from ..core.class_queues import ClassQueues
 from ..core.similarity import check_embeddings, check_labels, gather, unit, unknown
+from .base import DMLLoss, check_at_least, check_default, check_whole, register
+from .composite import calibration, composite_similarity, entry_similarity
+from .proxy_anchor import init_proxies, multi_proxy_similarity, proxy_anchor
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #93c5c89d
-OPTIONS = dict(global_reduce=("mean", "softmax", "max"), combine=("sum", "average"), center=("raw", "centred"), empty_queue=("skip", "twice"), enqueue=("after", "before"),
-               calib_class=("sum", "mean", "batch"), calib_dim=("sum", "mean"), calib_target=("all", "mean_proxy", "nearest"),
-               queue_dtype=("float32", "float16", "bfloat16"), proxy_init=("kaiming", "unit", "class_means"))
+OPTIONS = dict(
+    global_reduce=("mean", "softmax", "max"),
+    combine=("sum", "average"),
+    center=("raw", "centred"),
+    empty_queue=("skip", "twice"),
+    enqueue=("after", "before"),
+    calib_class=("sum", "mean", "batch"),
+    calib_dim=("sum", "mean"),
+    calib_target=("all", "mean_proxy", "nearest"),
+    queue_dtype=("float32", "float16", "bfloat16"),
+    proxy_init=("kaiming", "unit", "class_means"),
+)
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #4c43a511
 class CalibrateProxyLoss(DMLLoss):
     "CP around a host loss: composite similarity and calibration with the global centre of each class."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 host: Callable[[Tensor, Tensor], Tensor] = proxy_anchor, # `(sim_BC, labels) -> scalar`
-                 proxies_per_class: int = 3, # K
-                 proxy_temp: float = 1., # γ of the softmax over the K proxies (1: the paper's wording, 0.1: SoftTriple's value)
-                 capacity: int = 30, # m, embeddings remembered for each class
-                 start_epoch: int = 12, # t_s, 0-based: first epoch with global centre and calibration
-                 fill_from: int = 0, # first epoch whose embeddings are remembered
-                 calib_lambda: float = 1., # λ, weight of the calibration term
-                 center_weight: float = 1., # weight of S_g
-                 combine: str = "sum", # "sum" or "average" of S_p and S_g: the sum divided by `1 + center_weight`, for all classes alike
-                 calib_class: str = "sum", # calibration over classes: "sum", "mean" or "batch" (sum over the classes of the batch)
-                 calib_dim: str = "sum", # calibration over dimensions: "sum" or "mean"
-                 calib_target: str = "all", # calibrated: "all" proxies, "mean_proxy" of a class, or its "nearest" one
-                 calib_normalise: bool = True, # calibrate unit proxies; False: the raw parameters
-                 global_reduce: str = "mean", # S_g over the queue: "mean", "softmax" (with γ) or "max"
-                 center: str = "raw", # "raw", or "centred" (ours): S_g without the mean over all global centres
-                 empty_queue: str = "skip", # a class with an empty queue has S = S_p ("skip") or S_p in place of S_g too ("twice")
-                 enqueue: str = "after", # the batch enters the queues "after" the step or "before" the loss
-                 queue_dtype: str = "float32", # storage of the queues: "float32", "float16" or "bfloat16"
-                 proxy_init: str = "kaiming", # "kaiming" (norm sqrt(2D/CK)), "unit" length, or "class_means": kaiming until `init_from_class_means` is called
-                 regulariser: Callable[[Tensor], Tensor] | None = None, # a function of the (C, K, D) proxies, added at every epoch
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        host: Callable[[Tensor, Tensor], Tensor] = proxy_anchor,  # `(sim_BC, labels) -> scalar`
+        proxies_per_class: int = 3,  # K
+        proxy_temp: float = 1.0,  # γ of the softmax over the K proxies (1: the paper's wording, 0.1: SoftTriple's value)
+        capacity: int = 30,  # m, embeddings remembered for each class
+        start_epoch: int = 12,  # t_s, 0-based: first epoch with global centre and calibration
+        fill_from: int = 0,  # first epoch whose embeddings are remembered
+        calib_lambda: float = 1.0,  # λ, weight of the calibration term
+        center_weight: float = 1.0,  # weight of S_g
+        combine: str = "sum",  # "sum" or "average" of S_p and S_g: the sum divided by `1 + center_weight`, for all classes alike
+        calib_class: str = "sum",  # calibration over classes: "sum", "mean" or "batch" (sum over the classes of the batch)
+        calib_dim: str = "sum",  # calibration over dimensions: "sum" or "mean"
+        calib_target: str = "all",  # calibrated: "all" proxies, "mean_proxy" of a class, or its "nearest" one
+        calib_normalise: bool = True,  # calibrate unit proxies; False: the raw parameters
+        global_reduce: str = "mean",  # S_g over the queue: "mean", "softmax" (with γ) or "max"
+        center: str = "raw",  # "raw", or "centred" (ours): S_g without the mean over all global centres
+        empty_queue: str = "skip",  # a class with an empty queue has S = S_p ("skip") or S_p in place of S_g too ("twice")
+        enqueue: str = "after",  # the batch enters the queues "after" the step or "before" the loss
+        queue_dtype: str = "float32",  # storage of the queues: "float32", "float16" or "bfloat16"
+        proxy_init: str = "kaiming",  # "kaiming" (norm sqrt(2D/CK)), "unit" length, or "class_means": kaiming until `init_from_class_means` is called
+        regulariser: Callable[[Tensor], Tensor]
+        | None = None,  # a function of the (C, K, D) proxies, added at every epoch
+    ):
         super().__init__()
         store_attr(but="capacity")
         check_whole(start_epoch=(start_epoch, 0), fill_from=(fill_from, 0), capacity=(capacity, 1))
         check_at_least(proxy_temp=(proxy_temp, 1e-4), calib_lambda=(calib_lambda, 0), center_weight=(center_weight, 0))
         for kind, options in OPTIONS.items():
-            if getattr(self, kind) not in options: raise unknown(kind, getattr(self, kind), options)
+            if getattr(self, kind) not in options:
+                raise unknown(kind, getattr(self, kind), options)
         self.check_idle()
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
-        self.exact_gradient = enqueue == "after" # the batch's copy in its queue gets none
-        self.step = SimpleNamespace(entered=False, # whether its batch is in the queues
-                                    latest=None) # what the latest call got, its version, and its unit vectors
+        self.exact_gradient = enqueue == "after"  # the batch's copy in its queue gets none
+        self.step = SimpleNamespace(
+            entered=False,  # whether its batch is in the queues
+            latest=None,
+        )  # what the latest call got, its version, and its unit vectors
         self.proxies = torch.nn.Parameter(unit(proxies.detach())) if proxy_init == "unit" else proxies
         self.global_center = ClassQueues(num_classes, embedding_size, capacity, getattr(torch, queue_dtype))
 
@@ -70,48 +85,64 @@ class CalibrateProxyLoss(DMLLoss):
 @patch
 def check_idle(self: CalibrateProxyLoss):
     "Raise `ValueError` for an option that has no effect beside the others."
-    if not isinstance(self.calib_normalise, bool): raise ValueError(f"calib_normalise must be True or False, got {self.calib_normalise!r}.")
+    if not isinstance(self.calib_normalise, bool):
+        raise ValueError(f"calib_normalise must be True or False, got {self.calib_normalise!r}.")
     if self.proxies_per_class == 1:
         check_default("with one proxy a class", calib_target=(self.calib_target, "all"))
-        readings = (1., .1) # of the presets, which fit any number of proxies
-        if self.global_reduce != "softmax" and self.proxy_temp not in readings: check_default("with one proxy a class", proxy_temp=(self.proxy_temp, 1.))
+        readings = (1.0, 0.1)  # of the presets, which fit any number of proxies
+        if self.global_reduce != "softmax" and self.proxy_temp not in readings:
+            check_default("with one proxy a class", proxy_temp=(self.proxy_temp, 1.0))
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #04b1247a
 @patch
-def similarity(self: CalibrateProxyLoss,
-               embeddings: Tensor, # (B, D)
-               proxies: Tensor, # (C, K, D)
-               mean_CD: Tensor, # (C, D) global centres
-               filled_C: Tensor, # (C,) boolean
-               pull_CD: Tensor, # (C, D) global centres for calibration
-               pulled_C: Tensor, # (C,) boolean
-              ) -> tuple[Tensor, Tensor, Tensor]: # (B, C), scalar calibration of all unit proxies, (B, D) unit embeddings without gradient
+def similarity(
+    self: CalibrateProxyLoss,
+    embeddings: Tensor,  # (B, D)
+    proxies: Tensor,  # (C, K, D)
+    mean_CD: Tensor,  # (C, D) global centres
+    filled_C: Tensor,  # (C,) boolean
+    pull_CD: Tensor,  # (C, D) global centres for calibration
+    pulled_C: Tensor,  # (C,) boolean
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (B, C), scalar calibration of all unit proxies, (B, D) unit embeddings without gradient
     "Composite similarity with all options."
     weight, shift_CD = self.center_weight, mean_CD
-    if self.global_reduce != "mean": shift_CD = torch.zeros_like(mean_CD)
-    if self.center == "centred": shift_CD = (shift_CD - mean_CD.sum(0) / filled_C.sum().clamp_min(1)) * filled_C[:, None]
-    sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, shift_CD, pulled_C.sum(), self.proxy_temp, weight, pull_CD)
-    if self.global_reduce != "mean": sim_BC = sim_BC + weight * entry_similarity(unit(embeddings), self.global_center, self.global_reduce, self.proxy_temp)
-    if self.empty_queue == "twice": sim_BC = torch.where(filled_C, sim_BC, sim_BC * (1 + weight))
+    if self.global_reduce != "mean":
+        shift_CD = torch.zeros_like(mean_CD)
+    if self.center == "centred":
+        shift_CD = (shift_CD - mean_CD.sum(0) / filled_C.sum().clamp_min(1)) * filled_C[:, None]
+    sim_BC, distance, unit_BD = composite_similarity(
+        embeddings, proxies, shift_CD, pulled_C.sum(), self.proxy_temp, weight, pull_CD
+    )
+    if self.global_reduce != "mean":
+        sim_BC = sim_BC + weight * entry_similarity(
+            unit(embeddings), self.global_center, self.global_reduce, self.proxy_temp
+        )
+    if self.empty_queue == "twice":
+        sim_BC = torch.where(filled_C, sim_BC, sim_BC * (1 + weight))
     return sim_BC if self.combine == "sum" else sim_BC / (1 + weight), distance, unit_BD
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #15cfa4df
 @patch
-def calibrate(self: CalibrateProxyLoss,
-              proxies: Tensor, # (C, K, D)
-              pull_CD: Tensor, # (C, D) global centres, 0 for a class that does not count
-              pulled_C: Tensor, # (C,) boolean
-              distance: Tensor, # scalar: calibration of all unit proxies
-             ) -> Tensor: # scalar
+def calibrate(
+    self: CalibrateProxyLoss,
+    proxies: Tensor,  # (C, K, D)
+    pull_CD: Tensor,  # (C, D) global centres, 0 for a class that does not count
+    pulled_C: Tensor,  # (C,) boolean
+    distance: Tensor,  # scalar: calibration of all unit proxies
+) -> Tensor:  # scalar
     "Calibration with all options."
     if self.calib_target != "all" or not self.calib_normalise:
         w_CKD = unit(proxies) if self.calib_normalise else proxies
-        if self.calib_target == "mean_proxy": w_CKD = w_CKD.mean(1, keepdim=True)
+        if self.calib_target == "mean_proxy":
+            w_CKD = w_CKD.mean(1, keepdim=True)
         if self.calib_target == "nearest":
             nearest_C = (w_CKD.detach() - pull_CD[:, None]).norm(dim=2).argmin(1)
             w_CKD = w_CKD[torch.arange(len(nearest_C), device=nearest_C.device), nearest_C][:, None]
         distance = calibration(w_CKD, pull_CD, pulled_C)
-    if self.calib_class == "mean": distance = distance / pulled_C.sum().clamp_min(1)
+    if self.calib_class == "mean":
+        distance = distance / pulled_C.sum().clamp_min(1)
     return distance if self.calib_dim == "sum" else distance / proxies.shape[2]
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #5a0a4bb2
@@ -122,22 +153,37 @@ def compute(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor) -> Ten
         self._push(gather(embeddings.detach()), gather(labels))
         self.step.entered = True
     proxies = self.proxies.to(embeddings.dtype)
-    if self.epoch < self.start_epoch: value = self.host(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels)
-    else: value = self._calibrated(embeddings, labels, proxies)
+    if self.epoch < self.start_epoch:
+        value = self.host(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels)
+    else:
+        value = self._calibrated(embeddings, labels, proxies)
     return value + self.regulariser(proxies) if self.regulariser else value
+
 
 @patch(as_prop=True)
 def plain(self: CalibrateProxyLoss) -> bool:
     "Whether no option asks which queues are empty, so that full ones need not be looked at."
-    chosen = self.global_reduce, self.combine, self.center, self.calib_class, self.calib_dim, self.calib_target, self.calib_normalise
+    chosen = (
+        self.global_reduce,
+        self.combine,
+        self.center,
+        self.calib_class,
+        self.calib_dim,
+        self.calib_target,
+        self.calib_normalise,
+    )
     return chosen == ("mean", "sum", "raw", "sum", "sum", "all", True)
+
 
 @patch
 def _calibrated(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
     memory = self.global_center
     full = self.plain and memory.full
     mean_CD = pull_CD = (memory.sum / memory.capacity if full else memory.mean).to(embeddings.dtype)
-    if full: sim_BC, distance, unit_BD = composite_similarity(embeddings, proxies, mean_CD, len(proxies), self.proxy_temp, self.center_weight)
+    if full:
+        sim_BC, distance, unit_BD = composite_similarity(
+            embeddings, proxies, mean_CD, len(proxies), self.proxy_temp, self.center_weight
+        )
     else:
         filled_C = pulled_C = memory.filled
         if self.calib_class == "batch":
@@ -145,63 +191,77 @@ def _calibrated(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor, pr
             pull_CD = mean_CD * pulled_C[:, None]
         sim_BC, distance, unit_BD = self.similarity(embeddings, proxies, mean_CD, filled_C, pull_CD, pulled_C)
         distance = self.calibrate(proxies, pull_CD, pulled_C, distance)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference(): self.step.latest = embeddings.detach(), embeddings._version, unit_BD
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not embeddings.is_inference():
+        self.step.latest = embeddings.detach(), embeddings._version, unit_BD
     value = self.host(sim_BC, labels)
     return torch.add(value, distance, alpha=self.calib_lambda) if self.calib_lambda else value
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #ed589c6d
 @patch
 def _push(self: CalibrateProxyLoss, embeddings: Tensor, labels: Tensor):
-    if self.fill_from and self.epoch < self.fill_from: return
+    if self.fill_from and self.epoch < self.fill_from:
+        return
     unit_BD = self._unit_of(embeddings)
-    if unit_BD is None: self.global_center.enqueue(embeddings, labels)
-    else: self.global_center.enqueue_unit(unit_BD, labels)
+    if unit_BD is None:
+        self.global_center.enqueue(embeddings, labels)
+    else:
+        self.global_center.enqueue_unit(unit_BD, labels)
+
 
 @patch
 def _unit_of(self: CalibrateProxyLoss, embeddings: Tensor) -> Tensor | None:
     "Unit vectors from the latest call, if it got just these numbers and nobody has written over them since."
-    if self.step.latest is None: return None
+    if self.step.latest is None:
+        return None
     seen, version, unit_BD = self.step.latest
-    return unit_BD if seen._version == version and seen.dtype == embeddings.dtype and seen.is_set_to(embeddings) else None
+    return (
+        unit_BD if seen._version == version and seen.dtype == embeddings.dtype and seen.is_set_to(embeddings) else None
+    )
+
 
 @patch
-def remember(self: CalibrateProxyLoss,
-             embeddings: Tensor, # (B, D) embeddings of the step just taken
-             labels: Tensor, # (B,) class ids as given, noisy or not
-            ):
+def remember(
+    self: CalibrateProxyLoss,
+    embeddings: Tensor,  # (B, D) embeddings of the step just taken
+    labels: Tensor,  # (B,) class ids as given, noisy or not
+):
     "Push a batch into the queues unless it is there; the training loop calls this after the optimiser step."
-    if self.enqueue == "after": self._push(embeddings, labels)
+    if self.enqueue == "after":
+        self._push(embeddings, labels)
     self.step.entered, self.step.latest = False, None
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #c82a8ae3
 @patch
 @torch.no_grad()
-def init_from_class_means(self: CalibrateProxyLoss,
-                          embeddings: Tensor, # (N, D) of the training images, before training
-                          labels: Tensor, # (N,) class ids
-                         ):
+def init_from_class_means(
+    self: CalibrateProxyLoss,
+    embeddings: Tensor,  # (N, D) of the training images, before training
+    labels: Tensor,  # (N,) class ids
+):
     "Point each proxy at the mean of its share of its class; a proxy without a share keeps its direction."
-    check_embeddings(embeddings, self.embedding_size); check_labels(labels, len(embeddings), self.num_classes)
+    check_embeddings(embeddings, self.embedding_size)
+    check_labels(labels, len(embeddings), self.num_classes)
     C, K, D = self.proxies.shape
     class_N, order_N = labels.long().to(self.proxies.device).sort(stable=True)
-    row_N = class_N*K + torch.arange(len(class_N), device=class_N.device) % K
-    sum_SD = self.proxies.new_zeros(C*K, D).index_add_(0, row_N, unit(embeddings.to(self.proxies))[order_N])
+    row_N = class_N * K + torch.arange(len(class_N), device=class_N.device) % K
+    sum_SD = self.proxies.new_zeros(C * K, D).index_add_(0, row_N, unit(embeddings.to(self.proxies))[order_N])
     length_CK1 = self.proxies.norm(dim=2, keepdim=True)
     means_CKD = sum_SD.view(C, K, D)
-    self.proxies.copy_(torch.where(means_CKD.any(2, keepdim=True), unit(means_CKD)*length_CK1, self.proxies))
+    self.proxies.copy_(torch.where(means_CKD.any(2, keepdim=True), unit(means_CKD) * length_CK1, self.proxies))
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #70f7e7dd
 from functools import partial
 
 # %% ../../nbs/40_losses/31_calibrate_proxy.ipynb #a30e4ddf
-@register("cp_proxy_anchor", literal=dict(proxy_temp=1.), sharp=dict(proxy_temp=.1))
+@register("cp_proxy_anchor", literal=dict(proxy_temp=1.0), sharp=dict(proxy_temp=0.1))
 @delegates(CalibrateProxyLoss, but=["host", "regulariser"])
-def cp_proxy_anchor(num_classes: int, # C
-                    embedding_size: int, # D
-                    alpha: float = 32., # sharpness of Proxy Anchor
-                    delta: float = .1, # margin of Proxy Anchor
-                    **kwargs, # the options of `CalibrateProxyLoss`
-                   ) -> CalibrateProxyLoss:
+def cp_proxy_anchor(
+    num_classes: int,  # C
+    embedding_size: int,  # D
+    alpha: float = 32.0,  # sharpness of Proxy Anchor
+    delta: float = 0.1,  # margin of Proxy Anchor
+    **kwargs,  # the options of `CalibrateProxyLoss`
+) -> CalibrateProxyLoss:
     "CP around Proxy Anchor (CP Eq. 7)."
     check_at_least(alpha=(alpha, 1e-4))
     return CalibrateProxyLoss(num_classes, embedding_size, partial(proxy_anchor, alpha=alpha, delta=delta), **kwargs)

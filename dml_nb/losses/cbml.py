@@ -11,96 +11,129 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
+from ..core.similarity import log1p_sum_exp, unknown
 from .base import check_at_least, check_default, register
 from .miners import slack_mining
 from .pair_base import PairLoss
-from ..core.similarity import log1p_sum_exp, unknown
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #dd2c207b
-def log_odds(sim_BN: Tensor, # (B, N) similarities
-             pos_BN: Tensor, # (B, N) boolean mask of positives
-             neg_BN: Tensor, # (B, N) boolean mask of negatives
-             alpha_p: float = .5, # similarity at which a positive is in even doubt
-             beta_p: float = .5, # scale on which its doubt grows
-             alpha_n: float = 1., # the same for a negative
-             beta_n: float = .01,
-            ) -> tuple[Tensor, Tensor]: # (B,) log(1 + a) of the positives and (B,) log(1 + b) of the negatives
+def log_odds(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    alpha_p: float = 0.5,  # similarity at which a positive is in even doubt
+    beta_p: float = 0.5,  # scale on which its doubt grows
+    alpha_n: float = 1.0,  # the same for a negative
+    beta_n: float = 0.01,
+) -> tuple[Tensor, Tensor]:  # (B,) log(1 + a) of the positives and (B,) log(1 + b) of the negatives
     "Negative log-posterior that an anchor's pairs are all right, for positives and for negatives."
-    return (log1p_sum_exp((alpha_p - sim_BN)/beta_p, pos_BN),
-            log1p_sum_exp((sim_BN - alpha_n)/beta_n, neg_BN))
+    return (log1p_sum_exp((alpha_p - sim_BN) / beta_p, pos_BN), log1p_sum_exp((sim_BN - alpha_n) / beta_n, neg_BN))
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #c1f325a1
-KINDS = dict(log=inf, sqrt=120., const=60.) # function of the posterior -> largest safe exponent
+KINDS = dict(log=inf, sqrt=120.0, const=60.0)  # function of the posterior -> largest safe exponent
 
-def posterior_cost(u_B: Tensor, # (B,) log(1 + summed odds)
-                   kind: str = "log", # "log", "sqrt" or "const"
-                   omega: float = .25, # slope of "const"
-                  ) -> Tensor: # (B,)
+
+def posterior_cost(
+    u_B: Tensor,  # (B,) log(1 + summed odds)
+    kind: str = "log",  # "log", "sqrt" or "const"
+    omega: float = 0.25,  # slope of "const"
+) -> Tensor:  # (B,)
     "f(1 + summed odds): log(x), sqrt(x) or 1 + omega (x - 1)."
-    if kind == "log": return u_B
-    if kind == "sqrt": return (u_B/2).exp()
-    return 1 + omega*u_B.expm1()
+    if kind == "log":
+        return u_B
+    if kind == "sqrt":
+        return (u_B / 2).exp()
+    return 1 + omega * u_B.expm1()
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #52a48a5f
 NEGATIVES = ("adaptive", "top100")
 
+
 @torch.no_grad()
-def cbml_mining(sim_BN: Tensor, # (B, N) similarities
-                pos_BN: Tensor, # (B, N) boolean mask of positives
-                neg_BN: Tensor, # (B, N) boolean mask of negatives
-                margin: float = .1, # slack m
-                negatives: str = "adaptive", # "adaptive", or "top100": the 100 nearest
-               ) -> tuple[Tensor, Tensor]: # (B, N) masks of the pairs kept; rows of skipped anchors are all False
+def cbml_mining(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    margin: float = 0.1,  # slack m
+    negatives: str = "adaptive",  # "adaptive", or "top100": the 100 nearest
+) -> tuple[Tensor, Tensor]:  # (B, N) masks of the pairs kept; rows of skipped anchors are all False
     "Pairs that have a rival of the other kind within the slack."
     pos_mined, neg_mined = slack_mining(sim_BN, pos_BN, neg_BN, margin)
-    if negatives == "adaptive": return pos_mined, neg_mined
+    if negatives == "adaptive":
+        return pos_mined, neg_mined
     nearest = sim_BN.masked_fill(~neg_BN, -inf).topk(min(100, sim_BN.shape[1])).indices
     top = torch.zeros_like(neg_BN).scatter_(1, nearest, True)
     return pos_mined, neg_BN & top & pos_mined.any(1, keepdim=True)
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #3dd6d129
-def metric_variance(sim_BN: Tensor, # (B, N) similarities
-                    pos_BN: Tensor, # (B, N) boolean mask of positives
-                    neg_BN: Tensor, # (B, N) boolean mask of negatives
-                    h: float = .2, # share of the positives in the reference mean
-                   ) -> Tensor: # (B,)
+def metric_variance(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    h: float = 0.2,  # share of the positives in the reference mean
+) -> Tensor:  # (B,)
     "Summed squared deviation of each anchor's negatives from its reference mean."
-    def mean(mask): return sim_BN.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-    mu_B1 = h*mean(pos_BN) + (1 - h)*mean(neg_BN)
+
+    def mean(mask):
+        return sim_BN.masked_fill(~mask, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+
+    mu_B1 = h * mean(pos_BN) + (1 - h) * mean(neg_BN)
     return (sim_BN - mu_B1).masked_fill(~neg_BN, 0).square().sum(1)
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #f63f31db
-@register("cbml", official_code=dict(h=.1, self_eps=1e-5))
+@register("cbml", official_code=dict(h=0.1, self_eps=1e-5))
 class CBMLLoss(PairLoss):
     "Contrastive Bayesian loss with the metric variance constraint (Kan et al., TPAMI 2022)."
-    def __init__(self,
-                 kind: str = "log", # function of the posterior: "log", "sqrt" or "const"
-                 alpha_p: float = .5, # similarity at which a positive is in even doubt
-                 beta_p: float = .5, # scale on which its doubt grows
-                 alpha_n: float = 1., # the same for a negative
-                 beta_n: float = .01,
-                 margin: float = .1, # slack m of the mining
-                 gamma: float = 1., # weight of the variance constraint
-                 h: float = .2, # share of the positives in its reference mean
-                 omega_p: float = .25, # slope of "const" for positives
-                 omega_n: float = .25, # and for negatives
-                 negatives: str = "adaptive", # "adaptive", or "top100": the 100 nearest
-                 miner: nn.Module | None = None, # takes the place of CBML's own mining; the variance still sees every negative
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    def __init__(
+        self,
+        kind: str = "log",  # function of the posterior: "log", "sqrt" or "const"
+        alpha_p: float = 0.5,  # similarity at which a positive is in even doubt
+        beta_p: float = 0.5,  # scale on which its doubt grows
+        alpha_n: float = 1.0,  # the same for a negative
+        beta_n: float = 0.01,
+        margin: float = 0.1,  # slack m of the mining
+        gamma: float = 1.0,  # weight of the variance constraint
+        h: float = 0.2,  # share of the positives in its reference mean
+        omega_p: float = 0.25,  # slope of "const" for positives
+        omega_n: float = 0.25,  # and for negatives
+        negatives: str = "adaptive",  # "adaptive", or "top100": the 100 nearest
+        miner: nn.Module | None = None,  # takes the place of CBML's own mining; the variance still sees every negative
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         super().__init__(miner, self_eps)
-        if kind not in KINDS: raise unknown("kind", kind, KINDS)
-        if negatives not in NEGATIVES: raise unknown("negatives", negatives, NEGATIVES)
-        check_at_least(beta_p=(beta_p, 1e-6), beta_n=(beta_n, 1e-6), gamma=(gamma, 0), h=(h, 0), omega_p=(omega_p, 0), omega_n=(omega_n, 0),
-                       alpha_p=(alpha_p, -inf), alpha_n=(alpha_n, -inf), margin=(margin, -inf))
-        if h > 1: raise ValueError(f"h must be at most 1, it is a share, got {h}.")
-        if kind != "const": check_default(f"with kind={kind!r}, only with 'const'", omega_p=(omega_p, .25), omega_n=(omega_n, .25))
-        if not gamma and h != .1: check_default("with gamma=0", h=(h, .2)) # .1 and .2 are both published
+        if kind not in KINDS:
+            raise unknown("kind", kind, KINDS)
+        if negatives not in NEGATIVES:
+            raise unknown("negatives", negatives, NEGATIVES)
+        check_at_least(
+            beta_p=(beta_p, 1e-6),
+            beta_n=(beta_n, 1e-6),
+            gamma=(gamma, 0),
+            h=(h, 0),
+            omega_p=(omega_p, 0),
+            omega_n=(omega_n, 0),
+            alpha_p=(alpha_p, -inf),
+            alpha_n=(alpha_n, -inf),
+            margin=(margin, -inf),
+        )
+        if h > 1:
+            raise ValueError(f"h must be at most 1, it is a share, got {h}.")
+        if kind != "const":
+            check_default(f"with kind={kind!r}, only with 'const'", omega_p=(omega_p, 0.25), omega_n=(omega_n, 0.25))
+        if not gamma and h != 0.1:
+            check_default("with gamma=0", h=(h, 0.2))  # .1 and .2 are both published
         if miner is not None:
-            check_default("with a miner, which takes the place of CBML's own mining", margin=(margin, .1), negatives=(negatives, "adaptive"))
-        largest, limit = max((1 + alpha_p)/beta_p, (1 - alpha_n)/beta_n), KINDS[kind]
+            check_default(
+                "with a miner, which takes the place of CBML's own mining",
+                margin=(margin, 0.1),
+                negatives=(negatives, "adaptive"),
+            )
+        largest, limit = max((1 + alpha_p) / beta_p, (1 - alpha_n) / beta_n), KINDS[kind]
         if largest > limit:
-            raise ValueError(f"kind={kind!r} needs exponents up to {limit:g}, these reach {largest:.4g}: raise beta_p or beta_n, or use kind='log'.")
+            raise ValueError(
+                f"kind={kind!r} needs exponents up to {limit:g}, these reach {largest:.4g}: raise beta_p or beta_n, or use kind='log'."
+            )
         self.kind, self.margin, self.gamma, self.h, self.negatives = kind, margin, gamma, h, negatives
         self.doubt, self.omega_p, self.omega_n = (alpha_p, beta_p, alpha_n, beta_n), omega_p, omega_n
 
@@ -109,20 +142,24 @@ from fastcore.basics import patch
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #90f486b8
 @patch
-def mined(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor: # scalar
+def mined(
+    self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None
+) -> Tensor:  # scalar
     "Slack mining, unless someone else chooses the pairs."
     pos_BN = self.without_copies(sim_BN, pos_BN)
     self.every = pos_BN, neg_BN
-    if self.miner is None and indices is None: pos_BN, neg_BN = cbml_mining(sim_BN, pos_BN, neg_BN, self.margin, self.negatives)
+    if self.miner is None and indices is None:
+        pos_BN, neg_BN = cbml_mining(sim_BN, pos_BN, neg_BN, self.margin, self.negatives)
     return PairLoss.mined(self, sim_BN, pos_BN, neg_BN, indices)
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #c0b9d7c3
 @patch
-def pairs(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def pairs(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "Posterior cost of the mined pairs plus the variance of all negatives, for anchors that survive."
     u_B, v_B = log_odds(sim_BN, pos_BN, neg_BN, *self.doubt)
     cost_B = posterior_cost(u_B, self.kind, self.omega_p) + posterior_cost(v_B, self.kind, self.omega_n)
-    if self.gamma: cost_B = cost_B + self.gamma*metric_variance(sim_BN, *self.every, self.h)
+    if self.gamma:
+        cost_B = cost_B + self.gamma * metric_variance(sim_BN, *self.every, self.h)
     used_B = pos_BN.any(1)
     self.active = used_B.sum()
     return torch.where(used_B, cost_B, 0).mean()

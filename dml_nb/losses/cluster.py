@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, relu
 
-from .base import DMLLoss, check_at_least, check_whole, register
 from ..core.similarity import unit, unknown
+from .base import DMLLoss, check_at_least, check_whole, register
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #37b3a84d
-def cluster(z_BD: Tensor, # (B, D) unit vectors
-            labels: Tensor, # (B,) class ids
-            margin: float = .3, # m
-           ) -> Tensor: # scalar
+def cluster(
+    z_BD: Tensor,  # (B, D) unit vectors
+    labels: Tensor,  # (B,) class ids
+    margin: float = 0.3,  # m
+) -> Tensor:  # scalar
     "Radius of each class against the distance to the nearest other mean (Alex et al. 2018)."
     same_BB = labels[:, None] == labels
     size_B = same_BB.sum(1).to(z_BD.dtype)
@@ -34,19 +35,22 @@ def cluster(z_BD: Tensor, # (B, D) unit vectors
     return (hinge_B / size_B).sum() / (1 / size_B).sum()
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #5be459f8
-def nearest_other(mean_BD: Tensor, # (B, D) the mean of each sample's class
-                  same_BB: Tensor, # (B, B) same class
-                 ) -> Tensor: # (B,) a sample whose class has the nearest other mean
+def nearest_other(
+    mean_BD: Tensor,  # (B, D) the mean of each sample's class
+    same_BB: Tensor,  # (B, B) same class
+) -> Tensor:  # (B,) a sample whose class has the nearest other mean
     "Squared distances up to a constant for each row are enough to choose."
     return (mean_BD.square().sum(1) - 2 * mean_BD @ mean_BD.T).masked_fill(same_BB, torch.inf).argmin(1)
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #5247b950
-@register("cluster", official_code=dict(margin=10.))
+@register("cluster", official_code=dict(margin=10.0))
 class ClusterLoss(DMLLoss):
     "Cluster loss (Alex et al., ICVGIP 2018)."
-    def __init__(self,
-                 margin: float = .3, # m; 10 in the released code of CBML
-                ):
+
+    def __init__(
+        self,
+        margin: float = 0.3,  # m; 10 in the released code of CBML
+    ):
         super().__init__()
         check_at_least(margin=(margin, 0))
         self.margin = margin
@@ -61,125 +65,140 @@ def compute(self: ClusterLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
 # %% ../../nbs/40_losses/20_cluster.ipynb #35c3a616
 NMI = ("arithmetic", "geometric")
 
-def nmi(joint: Tensor, # (...,) sum of n log n over the cells (cluster, class)
-        clusters: Tensor, # (...,) the same over the clusters
-        classes: Tensor, # the same over the classes
-        size: int, # N, number of samples
-        mean: str = "arithmetic", # of the two entropies: "arithmetic" or "geometric"
-       ) -> Tensor: # (...,) in [0, 1]; 1 if there is one cluster and one class
+
+def nmi(
+    joint: Tensor,  # (...,) sum of n log n over the cells (cluster, class)
+    clusters: Tensor,  # (...,) the same over the clusters
+    classes: Tensor,  # the same over the classes
+    size: int,  # N, number of samples
+    mean: str = "arithmetic",  # of the two entropies: "arithmetic" or "geometric"
+) -> Tensor:  # (...,) in [0, 1]; 1 if there is one cluster and one class
     "Normalised mutual information from sums of n log n."
-    h_clusters, h_classes = log(size) - clusters/size, log(size) - classes/size
-    mutual = log(size) + (joint - clusters - classes)/size
-    scale = (h_clusters + h_classes)/2 if mean == "arithmetic" else (h_clusters*h_classes).clamp_min(0).sqrt()
-    return torch.where(h_clusters + h_classes < 1e-9, 1., mutual / scale.clamp_min(1e-6))
+    h_clusters, h_classes = log(size) - clusters / size, log(size) - classes / size
+    mutual = log(size) + (joint - clusters - classes) / size
+    scale = (h_clusters + h_classes) / 2 if mean == "arithmetic" else (h_clusters * h_classes).clamp_min(0).sqrt()
+    return torch.where(h_clusters + h_classes < 1e-9, 1.0, mutual / scale.clamp_min(1e-6))
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #6626abde
-def movers(candidate_M: Tensor, # (M,) the candidate that each mover joins
-           group_M: Tensor, # (M,) the group that it comes from
-           groups: int, # number of groups
-          ) -> tuple[Tensor, Tensor, Tensor]: # candidate, group, number of movers, where there are any
+def movers(
+    candidate_M: Tensor,  # (M,) the candidate that each mover joins
+    group_M: Tensor,  # (M,) the group that it comes from
+    groups: int,  # number of groups
+) -> tuple[Tensor, Tensor, Tensor]:  # candidate, group, number of movers, where there are any
     "Count movers by candidate and group."
-    key, count = (candidate_M*groups + group_M).unique(return_counts=True)
+    key, count = (candidate_M * groups + group_M).unique(return_counts=True)
     return key // groups, key % groups, count
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #cf81f76b
-def additions(dist_BJ: Tensor, # (B, J) distance of each sample to each candidate medoid
-              near_B: Tensor, # (B,) distance to the medoid it has now
-              cluster_B: Tensor, # (B,) number of that medoid
-              labels: Tensor, # (B,) classes 0...C-1
-              mean: str = "arithmetic", # of the NMI
-             ) -> tuple[Tensor, Tensor]: # F and 1 - NMI, (J,) each
+def additions(
+    dist_BJ: Tensor,  # (B, J) distance of each sample to each candidate medoid
+    near_B: Tensor,  # (B,) distance to the medoid it has now
+    cluster_B: Tensor,  # (B,) number of that medoid
+    labels: Tensor,  # (B,) classes 0...C-1
+    mean: str = "arithmetic",  # of the NMI
+) -> tuple[Tensor, Tensor]:  # F and 1 - NMI, (J,) each
     "Facility score and clustering error after adding each candidate."
     B, J = dist_BJ.shape
     n, class_size = torch.arange(B + 1, device=labels.device, dtype=dist_BJ.dtype), labels.bincount()
     phi, zero_J = torch.special.xlogy(n, n), dist_BJ.new_zeros(J)
     i, j = (dist_BJ < near_B[:, None]).nonzero(as_tuple=True)
-    def left(group): # sum of phi over the groups, without the movers
+
+    def left(group):  # sum of phi over the groups, without the movers
         size = group.bincount()
         who, g, count = movers(j, group[i], len(size))
         return phi[size].sum() + zero_J.index_add(0, who, phi[size[g] - count] - phi[size[g]])
+
     who, _, count = movers(j, labels[i], len(class_size))
-    joint = left(cluster_B*len(class_size) + labels) + zero_J.index_add(0, who, phi[count])
+    joint = left(cluster_B * len(class_size) + labels) + zero_J.index_add(0, who, phi[count])
     clusters = left(cluster_B) + phi[j.bincount(minlength=J)]
     return -torch.minimum(dist_BJ, near_B[:, None]).sum(0), 1 - nmi(joint, clusters, phi[class_size].sum(), B, mean)
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #1a6e674b
-def most_central(score_J: Tensor, # (J,) scores of candidates
-                 total_J: Tensor, # (J,) sum of the distances of each to the whole batch
-                ) -> Tensor: # index of the best; among equals the most central
+def most_central(
+    score_J: Tensor,  # (J,) scores of candidates
+    total_J: Tensor,  # (J,) sum of the distances of each to the whole batch
+) -> Tensor:  # index of the best; among equals the most central
     "Argmax that rounding and the order of the batch do not change."
     best = score_J.max()
-    return total_J.masked_fill(score_J < best - 1e-9*(1 + best.abs()), torch.inf).argmin()
+    return total_J.masked_fill(score_J < best - 1e-9 * (1 + best.abs()), torch.inf).argmin()
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #7d83388c
-def greedy(dist_BB: Tensor, # (B, B) distances
-           labels: Tensor, # (B,) classes 0...C-1
-           gamma: float, # weight of the clustering error
-           mean: str = "arithmetic", # of the NMI
-          ) -> Tensor: # (C,) indices of the medoids
+def greedy(
+    dist_BB: Tensor,  # (B, B) distances
+    labels: Tensor,  # (B,) classes 0...C-1
+    gamma: float,  # weight of the clustering error
+    mean: str = "arithmetic",  # of the NMI
+) -> Tensor:  # (C,) indices of the medoids
     "Add the medoid that raises F + γ(1 - NMI) most, C times."
     near, cluster_of = torch.full_like(dist_BB[0], torch.inf), torch.zeros_like(labels)
     chosen, free, total = [], torch.ones_like(labels, dtype=torch.bool), dist_BB.sum(0)
     for k in range(int(labels.max()) + 1):
         facility, error = additions(dist_BB, near, cluster_of, labels, mean)
-        chosen.append(most_central((facility + gamma*error).masked_fill(~free, -torch.inf), total))
+        chosen.append(most_central((facility + gamma * error).masked_fill(~free, -torch.inf), total))
         to = dist_BB[chosen[-1]]
         cluster_of, near, free[chosen[-1]] = torch.where(to < near, k, cluster_of), torch.minimum(to, near), False
     return torch.stack(chosen)
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #9d66a711
-def swap(dist_BB: Tensor, # (B, B) distances
-         labels: Tensor, # (B,) classes 0...C-1
-         chosen: Tensor, # (C,) medoids; changed in place
-         k: int, # which of them may be replaced
-         gamma: float, # weight of the clustering error
-         mean: str = "arithmetic", # of the NMI
-        ) -> bool: # whether it was replaced
+def swap(
+    dist_BB: Tensor,  # (B, B) distances
+    labels: Tensor,  # (B,) classes 0...C-1
+    chosen: Tensor,  # (C,) medoids; changed in place
+    k: int,  # which of them may be replaced
+    gamma: float,  # weight of the clustering error
+    mean: str = "arithmetic",  # of the NMI
+) -> bool:  # whether it was replaced
     "Replace a medoid by the member of its cluster that raises the score most, if one does."
     rest_CB = dist_BB[chosen]
-    members = torch.cat([chosen[k:k+1], (rest_CB.min(0)[1] == k).nonzero()[:, 0]])
+    members = torch.cat([chosen[k : k + 1], (rest_CB.min(0)[1] == k).nonzero()[:, 0]])
     rest_CB[k] = torch.inf
     facility, error = additions(dist_BB[:, members], *rest_CB.min(0), labels, mean)
-    score = facility + gamma*error
+    score = facility + gamma * error
     best = most_central(score, dist_BB[members].sum(1))
-    if score[best] <= score[0] + 1e-9*(1 + score[0].abs()): return False
+    if score[best] <= score[0] + 1e-9 * (1 + score[0].abs()):
+        return False
     chosen[k] = members[best]
     return True
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #117c5457
 @torch.compiler.disable
 @torch.no_grad()
-def worst_clustering(dist_BB: Tensor, # (B, B) distances
-                     labels: Tensor, # (B,) class ids
-                     gamma: float, # weight of the clustering error
-                     sweeps: int = 5, # largest number of PAM sweeps
-                     mean: str = "arithmetic", # of the NMI
-                    ) -> tuple[Tensor, Tensor]: # (B,) medoid that each sample joins; 1 - NMI
+def worst_clustering(
+    dist_BB: Tensor,  # (B, B) distances
+    labels: Tensor,  # (B,) class ids
+    gamma: float,  # weight of the clustering error
+    sweeps: int = 5,  # largest number of PAM sweeps
+    mean: str = "arithmetic",  # of the NMI
+) -> tuple[Tensor, Tensor]:  # (B,) medoid that each sample joins; 1 - NMI
     "The set of medoids that maximises F + γ(1 - NMI), by greedy choice and swaps."
     labels = labels.unique(return_inverse=True)[1]
     chosen = greedy(dist_BB, labels, gamma, mean)
     for _ in range(sweeps):
-        if not sum([swap(dist_BB, labels, chosen, k, gamma, mean) for k in range(len(chosen))]): break
+        if not sum([swap(dist_BB, labels, chosen, k, gamma, mean) for k in range(len(chosen))]):
+            break
     joined = dist_BB[chosen].min(0)[1]
-    everyone = torch.full_like(dist_BB[:, :1], torch.inf) # a candidate that nobody joins
+    everyone = torch.full_like(dist_BB[:, :1], torch.inf)  # a candidate that nobody joins
     return chosen[joined], additions(everyone, torch.zeros_like(dist_BB[0]), joined, labels, mean)[1][0]
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #c60ad96e
 @register("facility_location")
 class FacilityLocationLoss(DMLLoss):
     "Clustering loss with a structured margin (Oh Song et al., CVPR 2017)."
-    def __init__(self,
-                 gamma: float = 1., # weight of 1 - NMI
-                 gamma_decay: float = 1., # γ is multiplied by it after each epoch
-                 squared: bool = False, # squared distances
-                 normalize: bool = True, # bring the embeddings to unit length first
-                 nmi: str = "arithmetic", # mean of the two entropies: "arithmetic" or "geometric"
-                 sweeps: int = 5, # largest number of PAM sweeps; 0: greedy only
-                ):
+
+    def __init__(
+        self,
+        gamma: float = 1.0,  # weight of 1 - NMI
+        gamma_decay: float = 1.0,  # γ is multiplied by it after each epoch
+        squared: bool = False,  # squared distances
+        normalize: bool = True,  # bring the embeddings to unit length first
+        nmi: str = "arithmetic",  # mean of the two entropies: "arithmetic" or "geometric"
+        sweeps: int = 5,  # largest number of PAM sweeps; 0: greedy only
+    ):
         super().__init__()
         check_at_least(gamma=(gamma, 0), gamma_decay=(gamma_decay, 0))
         check_whole(sweeps=(sweeps, 0))
-        if nmi not in NMI: raise unknown("nmi", nmi, NMI)
+        if nmi not in NMI:
+            raise unknown("nmi", nmi, NMI)
         self.gamma, self.gamma_decay, self.squared, self.nmi, self.sweeps = gamma, gamma_decay, squared, nmi, sweeps
         self.normalised = normalize
 
@@ -191,28 +210,36 @@ def compute(self: FacilityLocationLoss, embeddings: Tensor, labels: Tensor) -> T
     x_BD = unit(embeddings) if self.normalised else embeddings
     x64_BD, gamma = x_BD.detach().double(), self.gamma * self.gamma_decay**self.epoch
     dist_BB = torch.cdist(x64_BD, x64_BD, compute_mode="donot_use_mm_for_euclid_dist")
-    if self.squared: dist_BB = dist_BB.square()
+    if self.squared:
+        dist_BB = dist_BB.square()
     same_BB = labels[:, None] == labels
     own = (dist_BB * same_BB).sum(0).expand_as(same_BB).masked_fill(~same_BB, torch.inf).argmin(1)
     joined, error = worst_clustering(dist_BB, labels, gamma, self.sweeps, self.nmi)
-    to_own, to_joined = (vector_norm(x_BD - x_BD.index_select(0, medoid), dim=1)**(1 + self.squared) for medoid in (own, joined))
-    return relu((to_own - to_joined).sum() + gamma*error.to(x_BD.dtype))
+    to_own, to_joined = (
+        vector_norm(x_BD - x_BD.index_select(0, medoid), dim=1) ** (1 + self.squared) for medoid in (own, joined)
+    )
+    return relu((to_own - to_joined).sum() + gamma * error.to(x_BD.dtype))
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #c30b1e3b
 REDUCTIONS = ("mean", "half_sum")
 
+
 @register("center", paper=dict(reduction="half_sum"))
 class CenterLoss(DMLLoss):
     "Distance of raw embeddings to learned class centres (Wen et al., ECCV 2016); to be added to another loss."
+
     normalised = False
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 reduction: str = "mean", # of the squared distances: "mean", or "half_sum" as in the paper
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        reduction: str = "mean",  # of the squared distances: "mean", or "half_sum" as in the paper
+    ):
         super().__init__()
         check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
-        if reduction not in REDUCTIONS: raise unknown("reduction", reduction, REDUCTIONS)
+        if reduction not in REDUCTIONS:
+            raise unknown("reduction", reduction, REDUCTIONS)
         self.num_classes, self.embedding_size, self.reduction = num_classes, embedding_size, reduction
         self.centers = nn.Parameter(torch.randn(num_classes, embedding_size))
 

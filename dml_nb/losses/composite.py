@@ -11,14 +11,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .proxy_anchor import LARGEST
 from ..core.class_queues import ClassQueues
+from .proxy_anchor import LARGEST
 
 # %% ../../nbs/40_losses/30_composite.ipynb #e03c61ac
-SHORTEST = 1e-12 # a vector below this length has no direction: its unit vector is 0, and it gets no gradient
+SHORTEST = 1e-12  # a vector below this length has no direction: its unit vector is 0, and it gets no gradient
 
-def _across_(grad, z): return grad.addcmul_(z, (grad*z).sum(-1, keepdim=True), value=-1)
-def _length(x): return torch.threshold_(torch.linalg.vector_norm(x, dim=-1, keepdim=True), SHORTEST, torch.inf)
+
+def _across_(grad, z):
+    return grad.addcmul_(z, (grad * z).sum(-1, keepdim=True), value=-1)
+
+
+def _length(x):
+    return torch.threshold_(torch.linalg.vector_norm(x, dim=-1, keepdim=True), SHORTEST, torch.inf)
+
 
 class _Composite(torch.autograd.Function):
     @staticmethod
@@ -26,12 +32,16 @@ class _Composite(torch.autograd.Function):
         C, K, D = w_CKD.shape
         x_B1, w_KC1 = _length(x_BD), _length(w_CKD).transpose(0, 1)
         z_BD = x_BD / x_B1
-        dense = None if torch.compiler.is_compiling() else w_CKD.new_empty(K, C, D) # a compiler loses track of `out`
+        dense = None if torch.compiler.is_compiling() else w_CKD.new_empty(K, C, D)  # a compiler loses track of `out`
         unit_KCD = torch.div(w_CKD.transpose(0, 1), w_KC1, out=dense)
         product = torch.mv(unit_KCD.flatten(1), pull_CD.flatten()).sum()
-        distance = torch.rsub(product, 2*counted, alpha=2/K)
+        distance = torch.rsub(product, 2 * counted, alpha=2 / K)
         shifted_SD = torch.add(unit_KCD, centers_CD, alpha=weight).flatten(0, 1)
-        sim_BS = z_BD @ shifted_SD.T if temp == 1 else torch.addmm(z_BD.new_zeros(()), z_BD, shifted_SD.T, beta=0, alpha=1/temp) # over γ already: a pass less
+        sim_BS = (
+            z_BD @ shifted_SD.T
+            if temp == 1
+            else torch.addmm(z_BD.new_zeros(()), z_BD, shifted_SD.T, beta=0, alpha=1 / temp)
+        )  # over γ already: a pass less
         sim_BKC = sim_BS.view(-1, K, C)
         share_BKC = sim_BKC.softmax(1)
         factor_BKC = sim_BKC.mul_(share_BKC)
@@ -46,48 +56,65 @@ class _Composite(torch.autograd.Function):
     def backward(ctx, grad_BC, grad_distance, _):
         z_BD, x_B1, unit_KCD, w_KC1, shifted_SD, pull_CD, factor_BKC = ctx.saved_tensors
         grad_BS = (factor_BKC * grad_BC[:, None]).flatten(1)
-        grad_KCD = (grad_BS.T @ z_BD).view_as(unit_KCD).addcmul_(pull_CD, grad_distance, value=-2/len(unit_KCD))
+        grad_KCD = (grad_BS.T @ z_BD).view_as(unit_KCD).addcmul_(pull_CD, grad_distance, value=-2 / len(unit_KCD))
         grad_CKD = grad_KCD.new_empty(grad_KCD.transpose(0, 1).shape)
         torch.div(_across_(grad_KCD, unit_KCD), w_KC1, out=grad_CKD.transpose(0, 1))
         return _across_(grad_BS @ shifted_SD, z_BD).div_(x_B1), grad_CKD, None, None, None, None, None
 
 # %% ../../nbs/40_losses/30_composite.ipynb #93b60e63
-def composite_similarity(embeddings: Tensor, # (B, D)
-                         proxies: Tensor, # (C, K, D)
-                         centers_CD: Tensor, # (C, D) global centres, 0 for a class without
-                         counted: Tensor | int, # the number of classes that count for calibration
-                         temp: float = 1., # γ of the softmax over the K proxies of a class
-                         weight: float = 1., # weight of the global centre
-                         pull_CD: Tensor | None = None, # (C, D) global centres for calibration, if others
-                        ) -> tuple[Tensor, Tensor, Tensor]: # (B, C) similarity, scalar calibration of unit proxies, (B, D) unit embeddings without gradient
+def composite_similarity(
+    embeddings: Tensor,  # (B, D)
+    proxies: Tensor,  # (C, K, D)
+    centers_CD: Tensor,  # (C, D) global centres, 0 for a class without
+    counted: Tensor | int,  # the number of classes that count for calibration
+    temp: float = 1.0,  # γ of the softmax over the K proxies of a class
+    weight: float = 1.0,  # weight of the global centre
+    pull_CD: Tensor | None = None,  # (C, D) global centres for calibration, if others
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (B, C) similarity, scalar calibration of unit proxies, (B, D) unit embeddings without gradient
     "Similarity with proxies and global centre, their sum (CP Eqs. 2, 3 and 5), and their mean squared distance (Eq. 4)."
-    def part(x_BD): return _Composite.apply(x_BD, proxies, centers_CD, centers_CD if pull_CD is None else pull_CD, counted, temp, weight)
-    rows = max(1, LARGEST // (proxies.shape[0]*proxies.shape[1]))
-    if len(embeddings) <= rows: return part(embeddings)
+
+    def part(x_BD):
+        return _Composite.apply(
+            x_BD, proxies, centers_CD, centers_CD if pull_CD is None else pull_CD, counted, temp, weight
+        )
+
+    rows = max(1, LARGEST // (proxies.shape[0] * proxies.shape[1]))
+    if len(embeddings) <= rows:
+        return part(embeddings)
     sims, distances, units = zip(*(checkpoint(part, x_BD, use_reentrant=False) for x_BD in embeddings.split(rows)))
     return torch.cat(sims), distances[0], torch.cat(units)
 
 # %% ../../nbs/40_losses/30_composite.ipynb #4c0f8da5
-def entry_similarity(unit_BD: Tensor, # (B, D) unit embeddings
-                     memory: ClassQueues, # the queues
-                     reduce: str, # "softmax" (weights as in Eq. 5) or "max"
-                     temp: float = 1., # γ of the softmax over the entries
-                     chunk: int = 256, # classes at a time
-                    ) -> Tensor: # (B, C), 0 for an empty queue
+def entry_similarity(
+    unit_BD: Tensor,  # (B, D) unit embeddings
+    memory: ClassQueues,  # the queues
+    reduce: str,  # "softmax" (weights as in Eq. 5) or "max"
+    temp: float = 1.0,  # γ of the softmax over the entries
+    chunk: int = 256,  # classes at a time
+) -> Tensor:  # (B, C), 0 for an empty queue
     "Similarity with the global centre of each class where the mean does not do."
+
     def part(unit_BD, queue_CmD, count_C):
         sim_BCm = (unit_BD @ queue_CmD.flatten(0, 1).T.to(unit_BD.dtype)).unflatten(1, (-1, memory.capacity))
         free_Cm = torch.arange(memory.capacity, device=count_C.device) >= count_C[:, None]
-        if reduce == "max": return sim_BCm.masked_fill(free_Cm, -2).amax(2)
-        return (sim_BCm * (sim_BCm/temp).masked_fill(free_Cm, torch.finfo(sim_BCm.dtype).min).softmax(2)).sum(2)
+        if reduce == "max":
+            return sim_BCm.masked_fill(free_Cm, -2).amax(2)
+        return (sim_BCm * (sim_BCm / temp).masked_fill(free_Cm, torch.finfo(sim_BCm.dtype).min).softmax(2)).sum(2)
+
     parts = zip(memory.queue.split(chunk), memory.count.split(chunk))
-    return torch.cat([checkpoint(part, unit_BD, *queue_and_count, use_reentrant=False) for queue_and_count in parts], 1) * memory.filled
+    return (
+        torch.cat([checkpoint(part, unit_BD, *queue_and_count, use_reentrant=False) for queue_and_count in parts], 1)
+        * memory.filled
+    )
 
 # %% ../../nbs/40_losses/30_composite.ipynb #86114966
-def calibration(w_CKD: Tensor, # (C, K, D) proxies
-                mean_CD: Tensor, # (C, D) global centres, 0 for a class that does not count
-                counted_C: Tensor, # (C,) boolean: the classes that count, all of them with a filled queue
-               ) -> Tensor: # scalar
+def calibration(
+    w_CKD: Tensor,  # (C, K, D) proxies
+    mean_CD: Tensor,  # (C, D) global centres, 0 for a class that does not count
+    counted_C: Tensor,  # (C,) boolean: the classes that count, all of them with a filled queue
+) -> Tensor:  # scalar
     "Mean squared distance of proxies and queue entries, summed over classes (CP Eq. 4), from the global centres alone."
     square_C, product_C = w_CKD.square().sum(2).mean(1), (w_CKD * mean_CD[:, None]).sum(2).mean(1)
-    return ((square_C + 1 - 2*product_C) * counted_C).sum()
+    return ((square_C + 1 - 2 * product_C) * counted_C).sum()

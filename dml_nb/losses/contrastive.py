@@ -16,175 +16,213 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..core.similarity import first_order_only, unknown
 from .base import check_at_least, check_default, register
 from .miners import slack_mining
 from .pair_base import PairLoss
-from ..core.similarity import first_order_only, unknown
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #e12c1c15
 class _FromGradient(torch.autograd.Function):
     @staticmethod
-    def forward(sim_BN, value, grad_BN): return value.clone()
+    def forward(sim_BN, value, grad_BN):
+        return value.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(inputs[2])
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx, grad):
         first_order_only()
-        return grad*ctx.saved_tensors[0], None, None
+        return grad * ctx.saved_tensors[0], None, None
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #dee48d42
-def from_gradient(sim_BN: Tensor, # (B, N) similarities, attached to the graph
-                  value: Tensor, # scalar, not attached
-                  grad_BN: Tensor, # (B, N) gradient of the value by the similarities
-                 ) -> Tensor: # scalar, attached
+def from_gradient(
+    sim_BN: Tensor,  # (B, N) similarities, attached to the graph
+    value: Tensor,  # scalar, not attached
+    grad_BN: Tensor,  # (B, N) gradient of the value by the similarities
+) -> Tensor:  # scalar, attached
     "A value with a given gradient."
     return _FromGradient.apply(sim_BN, value, grad_BN)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #cda97e05
-def equal_shares(mask: Tensor, # boolean
-                 like: Tensor, # gives the dtype
-                 dim: int | None = None, # dimension that a mean runs over; None: all
-                ) -> Tensor: # shape of `mask`: 1/count inside, 0 outside
+def equal_shares(
+    mask: Tensor,  # boolean
+    like: Tensor,  # gives the dtype
+    dim: int | None = None,  # dimension that a mean runs over; None: all
+) -> Tensor:  # shape of `mask`: 1/count inside, 0 outside
     "The weights of a mean over a mask."
     return mask.to(like.dtype) / mask.sum(dim, keepdim=dim is not None).clamp_min(1)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #13461e8b
-def distance(sim: Tensor, # cosine similarities, any shape
-            ) -> tuple[Tensor, Tensor]: # Euclidean distances d of the unit vectors, and 1/d = -∂d/∂s
+def distance(
+    sim: Tensor,  # cosine similarities, any shape
+) -> tuple[Tensor, Tensor]:  # Euclidean distances d of the unit vectors, and 1/d = -∂d/∂s
     "Distance and its slope; both 0 where the vectors are equal up to rounding."
     dist = torch.sub(2, sim, alpha=2)
-    equal = dist < 8*torch.finfo(sim.dtype).eps
+    equal = dist < 8 * torch.finfo(sim.dtype).eps
     dist.masked_fill_(equal, 0).sqrt_()
     return dist, dist.reciprocal().masked_fill_(equal, 0)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #8062e942
 @torch.no_grad()
-def cosine_contrastive(sim_BN: Tensor, # (B, N) similarities
-                       pos_BN: Tensor, # (B, N) boolean mask of positives
-                       neg_BN: Tensor, # (B, N) boolean mask of negatives
-                       margin: float = .5, # negatives below this similarity are left alone
-                      ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def cosine_contrastive(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    margin: float = 0.5,  # negatives below this similarity are left alone
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "Sums of 1 - s over positives and of s over active negatives, mean over anchors."
     grad_BN = (neg_BN & (sim_BN > margin)).to(sim_BN.dtype) - pos_BN.to(sim_BN.dtype)
-    return ((sim_BN*grad_BN).sum() + pos_BN.sum()) / len(sim_BN), grad_BN / len(sim_BN)
+    return ((sim_BN * grad_BN).sum() + pos_BN.sum()) / len(sim_BN), grad_BN / len(sim_BN)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #169f928c
 @torch.no_grad()
-def pairs_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
-                      margin: float = 1., # negatives beyond this distance are left alone
-                     ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def pairs_contrastive(
+    sim_BN: Tensor,
+    pos_BN: Tensor,
+    neg_BN: Tensor,
+    margin: float = 1.0,  # negatives beyond this distance are left alone
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "The form of 2006, mean over all pairs."
-    dist_BN = ((2 - 2*sim_BN).clamp_min(0) + 1e-9).sqrt()
+    dist_BN = ((2 - 2 * sim_BN).clamp_min(0) + 1e-9).sqrt()
     gap_BN, share_BN = (margin - dist_BN).relu(), equal_shares(pos_BN | neg_BN, sim_BN)
-    value = (torch.where(pos_BN, 1 - sim_BN, gap_BN**2/2) * share_BN).sum()
-    return value, torch.where(pos_BN, -1., gap_BN/dist_BN) * share_BN
+    value = (torch.where(pos_BN, 1 - sim_BN, gap_BN**2 / 2) * share_BN).sum()
+    return value, torch.where(pos_BN, -1.0, gap_BN / dist_BN) * share_BN
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #d39f5c93
 @torch.no_grad()
-def online_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
-                       margin: float = 1., # negatives beyond this distance add nothing
-                       negatives: str = "all", # which are paired off: drawn from "all" at random, or the closest, "hard"
-                      ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def online_contrastive(
+    sim_BN: Tensor,
+    pos_BN: Tensor,
+    neg_BN: Tensor,
+    margin: float = 1.0,  # negatives beyond this distance add nothing
+    negatives: str = "all",  # which are paired off: drawn from "all" at random, or the closest, "hard"
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "All positives and equally many negatives under one mean."
     score_BN = sim_BN if negatives == "hard" else torch.rand_like(sim_BN)
-    if negatives == "all" and len(sim_BN) == sim_BN.shape[1]: score_BN = score_BN + score_BN.T
+    if negatives == "all" and len(sim_BN) == sim_BN.shape[1]:
+        score_BN = score_BN + score_BN.T
     count = torch.minimum(pos_BN.sum(), neg_BN.sum())
     drawn = score_BN.masked_fill(~neg_BN, -torch.inf).flatten().topk(int(count), sorted=False).indices
     (dist, slope), total = distance(sim_BN.flatten()[drawn]), (pos_BN.sum() + count).clamp_min(1)
     gap = (margin - dist).relu()
-    grad_BN = (-2*pos_BN.to(sim_BN.dtype)).flatten().index_copy(0, drawn, 2*gap*slope).view_as(sim_BN)
-    return (((2 - 2*sim_BN)*pos_BN).sum() + (gap**2).sum()) / total, grad_BN / total
+    grad_BN = (-2 * pos_BN.to(sim_BN.dtype)).flatten().index_copy(0, drawn, 2 * gap * slope).view_as(sim_BN)
+    return (((2 - 2 * sim_BN) * pos_BN).sum() + (gap**2).sum()) / total, grad_BN / total
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #093a850e
 @torch.no_grad()
-def pml_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
-                    margin: float = 1., # negatives beyond this distance are left alone
-                    pos_margin: float = 0., # positives within this distance are left alone
-                   ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def pml_contrastive(
+    sim_BN: Tensor,
+    pos_BN: Tensor,
+    neg_BN: Tensor,
+    margin: float = 1.0,  # negatives beyond this distance are left alone
+    pos_margin: float = 0.0,  # positives within this distance are left alone
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "Active mean over positives plus active mean over negatives, distances not squared."
     dist_BN, slope_BN = distance(sim_BN)
     far_BN, near_BN = pos_BN & (dist_BN > pos_margin), neg_BN & (dist_BN < margin)
     far, near = far_BN.sum(), near_BN.sum()
     weight_BN = near_BN.to(sim_BN.dtype).div_(near.clamp_min(1)).sub_(far_BN.to(sim_BN.dtype).div_(far.clamp_min(1)))
     some_near, some_far = (near > 0).to(sim_BN.dtype), (far > 0).to(sim_BN.dtype)
-    value = margin*some_near - pos_margin*some_far - torch.dot(weight_BN.flatten(), dist_BN.flatten())
+    value = margin * some_near - pos_margin * some_far - torch.dot(weight_BN.flatten(), dist_BN.flatten())
     return value, weight_BN.mul_(slope_BN)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #3237c738
 @torch.no_grad()
-def horde_contrastive(sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor,
-                      margin: float = .5, # negatives below this similarity are left alone
-                     ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def horde_contrastive(
+    sim_BN: Tensor,
+    pos_BN: Tensor,
+    neg_BN: Tensor,
+    margin: float = 0.5,  # negatives below this similarity are left alone
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "Half the mean square of 1 - s over positives plus half the active mean over negatives."
-    pull_BN, push_BN = (1 - sim_BN)*equal_shares(pos_BN, sim_BN), equal_shares(neg_BN & (sim_BN > margin), sim_BN)/2
-    return ((1 - sim_BN)*pull_BN/2 + (sim_BN - margin)*push_BN).sum(), push_BN - pull_BN
+    pull_BN, push_BN = (1 - sim_BN) * equal_shares(pos_BN, sim_BN), equal_shares(neg_BN & (sim_BN > margin), sim_BN) / 2
+    return ((1 - sim_BN) * pull_BN / 2 + (sim_BN - margin) * push_BN).sum(), push_BN - pull_BN
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #0a6dece3
-CONTRASTIVE: dict[str, Callable] = dict(cosine=cosine_contrastive, cbml_pairs=pairs_contrastive, cbml_online=online_contrastive,
-                                        pml=pml_contrastive, horde=horde_contrastive)
+CONTRASTIVE: dict[str, Callable] = dict(
+    cosine=cosine_contrastive,
+    cbml_pairs=pairs_contrastive,
+    cbml_online=online_contrastive,
+    pml=pml_contrastive,
+    horde=horde_contrastive,
+)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #37d09b3b
-@register("contrastive", official_code=dict(self_eps=1e-5), proxy_anchor_repo=dict(variant="pml", margin=.5))
+@register("contrastive", official_code=dict(self_eps=1e-5), proxy_anchor_repo=dict(variant="pml", margin=0.5))
 class ContrastiveLoss(PairLoss):
     "Contrastive loss (Chopra et al. 2005, Hadsell et al. 2006) in five published forms."
-    def __init__(self,
-                 variant: str = "cosine", # a key of `CONTRASTIVE`
-                 margin: float | None = None, # similarity or distance where a negative stops counting; None: the variant's own
-                 pos_margin: float | None = None, # "pml" only: distance within which a positive is left alone; None: 0
-                 negatives: str | None = None, # "cbml_online" only: "all" or "hard"; None: "all"
-                 miner: nn.Module | None = None, # None: all pairs
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    def __init__(
+        self,
+        variant: str = "cosine",  # a key of `CONTRASTIVE`
+        margin: float | None = None,  # similarity or distance where a negative stops counting; None: the variant's own
+        pos_margin: float | None = None,  # "pml" only: distance within which a positive is left alone; None: 0
+        negatives: str | None = None,  # "cbml_online" only: "all" or "hard"; None: "all"
+        miner: nn.Module | None = None,  # None: all pairs
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         super().__init__(miner, self_eps)
-        if variant not in CONTRASTIVE: raise unknown("variant", variant, CONTRASTIVE)
-        if negatives not in (None, "all", "hard"): raise unknown("choice of negatives", negatives, ("all", "hard"))
+        if variant not in CONTRASTIVE:
+            raise unknown("variant", variant, CONTRASTIVE)
+        if negatives not in (None, "all", "hard"):
+            raise unknown("choice of negatives", negatives, ("all", "hard"))
         given = dict(margin=margin, pos_margin=pos_margin, negatives=negatives)
         self.variant, self.options = variant, {key: value for key, value in given.items() if value is not None}
         for key, value in self.options.items():
             if key not in signature(CONTRASTIVE[variant]).parameters:
                 raise ValueError(f"the variant {variant!r} has no {key}: leave it out or choose another variant.")
-            if key != "negatives": check_at_least(**{key: (value, -1)})
+            if key != "negatives":
+                check_at_least(**{key: (value, -1)})
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
         "The variant's formula."
         return from_gradient(sim_BN, *CONTRASTIVE[self.variant](sim_BN, pos_BN, neg_BN, **self.options))
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #2673dcd9
-def check_own_mining(mining: bool, # whether the loss does any of its own
-                     miner, # what takes its place, or None
-                     **slack: float, # name=value; the default is .1
-                    ):
+def check_own_mining(
+    mining: bool,  # whether the loss does any of its own
+    miner,  # what takes its place, or None
+    **slack: float,  # name=value; the default is .1
+):
     "Raise `ValueError` for a slack that has no effect."
-    unused = {name: (value, .1) for name, value in slack.items()}
-    if not mining: check_default("without hard_mining", **unused)
-    if miner is not None: check_default("with a miner, which takes the place of the loss's own mining", **unused)
+    unused = {name: (value, 0.1) for name, value in slack.items()}
+    if not mining:
+        check_default("without hard_mining", **unused)
+    if miner is not None:
+        check_default("with a miner, which takes the place of the loss's own mining", **unused)
     check_at_least(**{name: (value, 0) for name, value in slack.items()})
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #727d8e90
 class SlackPairLoss(PairLoss):
     "Base of pair losses with slack mining of their own."
-    def __init__(self,
-                 slack: float | None, # ε of `slack_mining`; None: all pairs
-                 miner: nn.Module | None = None, # takes the place of the slack mining
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    def __init__(
+        self,
+        slack: float | None,  # ε of `slack_mining`; None: all pairs
+        miner: nn.Module | None = None,  # takes the place of the slack mining
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         super().__init__(miner, self_eps)
-        if slack is not None: check_at_least(slack=(slack, 0))
+        if slack is not None:
+            check_at_least(slack=(slack, 0))
         self.slack = slack
 
-    def mined(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor:
+    def mined(
+        self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         "Slack mining, unless someone else has chosen the pairs."
         if self.slack is not None and self.miner is None and indices is None:
             pos_BN, neg_BN = slack_mining(sim_BN.detach(), self.without_copies(sim_BN, pos_BN), neg_BN, self.slack)
         return super().mined(sim_BN, pos_BN, neg_BN, indices)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #928bb58f
-def complete_anchors(loss: PairLoss, # its count of active anchors is set
-                     pos_BN: Tensor, # (B, N) boolean mask of positives
-                     neg_BN: Tensor, # (B, N) boolean mask of negatives
-                    ) -> tuple[Tensor, Tensor]: # the masks, empty in the rows of anchors that lack either
+def complete_anchors(
+    loss: PairLoss,  # its count of active anchors is set
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> tuple[Tensor, Tensor]:  # the masks, empty in the rows of anchors that lack either
     "Skip anchors without a positive or without a negative."
     complete_B = pos_BN.any(1) & neg_BN.any(1)
     loss.active = complete_B.sum()
@@ -192,65 +230,80 @@ def complete_anchors(loss: PairLoss, # its count of active anchors is set
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #6e5c6648
 @torch.no_grad()
-def binomial_deviance(sim_BN: Tensor, # (B, N) similarities
-                      pos_BN: Tensor, # (B, N) boolean mask of positives
-                      neg_BN: Tensor, # (B, N) boolean mask of negatives
-                      alpha: float = 40., # slope on negatives
-                      beta: float = 2., # slope on positives
-                      margin: float = .5, # threshold
-                      weights: tuple[float, float] = (1., 1.), # of the mean over positives, of the mean over negatives
-                     ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def binomial_deviance(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    alpha: float = 40.0,  # slope on negatives
+    beta: float = 2.0,  # slope on positives
+    margin: float = 0.5,  # threshold
+    weights: tuple[float, float] = (1.0, 1.0),  # of the mean over positives, of the mean over negatives
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "Weighted means of softplus over positives and over negatives, summed over anchors."
-    pull_BN, push_BN = weights[0]*equal_shares(pos_BN, sim_BN, 1), weights[1]*equal_shares(neg_BN, sim_BN, 1)
+    pull_BN, push_BN = weights[0] * equal_shares(pos_BN, sim_BN, 1), weights[1] * equal_shares(neg_BN, sim_BN, 1)
     excess_BN = sim_BN - margin
-    u_BN = torch.where(pos_BN, -beta*excess_BN, alpha*excess_BN)
-    return (softplus(u_BN, threshold=50)*(pull_BN + push_BN)).sum(), u_BN.sigmoid()*(alpha*push_BN - beta*pull_BN)
+    u_BN = torch.where(pos_BN, -beta * excess_BN, alpha * excess_BN)
+    return (softplus(u_BN, threshold=50) * (pull_BN + push_BN)).sum(), u_BN.sigmoid() * (
+        alpha * push_BN - beta * pull_BN
+    )
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #f1b6f5a8
-BINOMIAL_SLOPE = dict(deep_metric=40., horde=50.)
+BINOMIAL_SLOPE = dict(deep_metric=40.0, horde=50.0)
+
 
 @register("binomial_deviance", official_code=dict(self_eps=1e-5), horde=dict(variant="horde"))
 class BinomialDevianceLoss(SlackPairLoss):
     "Binomial deviance (Yi et al., ICPR 2014) as in Deep_Metric or HORDE."
-    def __init__(self,
-                 variant: str = "deep_metric", # "deep_metric": mean over anchors; "horde": sum over anchors
-                 alpha: float | None = None, # slope on negatives; None: 40, in "horde" 50
-                 beta: float = 2., # slope on positives
-                 margin: float = .5, # threshold
-                 hard_mining: bool = False, # look at pairs within the slack only, weighted 2/β and 2/α
-                 slack: float = .1, # of the hard mining
-                 miner: nn.Module | None = None, # takes the place of the hard mining
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    def __init__(
+        self,
+        variant: str = "deep_metric",  # "deep_metric": mean over anchors; "horde": sum over anchors
+        alpha: float | None = None,  # slope on negatives; None: 40, in "horde" 50
+        beta: float = 2.0,  # slope on positives
+        margin: float = 0.5,  # threshold
+        hard_mining: bool = False,  # look at pairs within the slack only, weighted 2/β and 2/α
+        slack: float = 0.1,  # of the hard mining
+        miner: nn.Module | None = None,  # takes the place of the hard mining
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         check_own_mining(hard_mining, miner, slack=slack)
         super().__init__(slack if hard_mining else None, miner, self_eps)
-        if variant not in BINOMIAL_SLOPE: raise unknown("variant", variant, BINOMIAL_SLOPE)
-        self.variant, self.alpha, self.beta, self.margin = variant, BINOMIAL_SLOPE[variant] if alpha is None else alpha, beta, margin
+        if variant not in BINOMIAL_SLOPE:
+            raise unknown("variant", variant, BINOMIAL_SLOPE)
+        self.variant, self.alpha, self.beta, self.margin = (
+            variant,
+            BINOMIAL_SLOPE[variant] if alpha is None else alpha,
+            beta,
+            margin,
+        )
         check_at_least(alpha=(self.alpha, 1e-4), beta=(beta, 1e-4), margin=(margin, -1))
-        self.weights = (2/self.beta, 2/self.alpha) if hard_mining else (1., 1.)
+        self.weights = (2 / self.beta, 2 / self.alpha) if hard_mining else (1.0, 1.0)
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
         "Both means of each anchor, summed or averaged over the anchors."
         pos_BN, neg_BN = complete_anchors(self, pos_BN, neg_BN)
         total, grad_BN = binomial_deviance(sim_BN, pos_BN, neg_BN, self.alpha, self.beta, self.margin, self.weights)
-        scale = 1 if self.variant == "horde" else 1/len(sim_BN)
-        return from_gradient(sim_BN, total*scale, grad_BN*scale)
+        scale = 1 if self.variant == "horde" else 1 / len(sim_BN)
+        return from_gradient(sim_BN, total * scale, grad_BN * scale)
 
 # %% ../../nbs/40_losses/04_contrastive.ipynb #1fcfe9ed
 @register("hard_mining", official_code=dict(self_eps=1e-5))
 class HardMiningLoss(SlackPairLoss):
     "HardMining of the Deep_Metric repository: plain means over mined pairs."
-    def __init__(self,
-                 slack: float | None = .1, # ε; None: all pairs
-                 miner: nn.Module | None = None, # takes the place of the slack mining
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
-        if slack is not None: check_own_mining(True, miner, slack=slack)
+
+    def __init__(
+        self,
+        slack: float | None = 0.1,  # ε; None: all pairs
+        miner: nn.Module | None = None,  # takes the place of the slack mining
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
+        if slack is not None:
+            check_own_mining(True, miner, slack=slack)
         super().__init__(slack, miner, self_eps)
 
     def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
         "Mean of 1 - s over positives plus mean of s over negatives, mean over anchors."
         pos_BN, neg_BN = complete_anchors(self, pos_BN, neg_BN)
         pull_BN, push_BN = equal_shares(pos_BN, sim_BN, 1), equal_shares(neg_BN, sim_BN, 1)
-        value = ((1 - sim_BN)*pull_BN + sim_BN*push_BN).sum()
+        value = ((1 - sim_BN) * pull_BN + sim_BN * push_BN).sum()
         return from_gradient(sim_BN, value.detach() / len(sim_BN), (push_BN - pull_BN) / len(sim_BN))

@@ -13,68 +13,93 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #3aa77ce0
+from ..core.similarity import unit, unknown
 from .base import check_at_least, check_whole, register
 from .proxy_hosts import HostedLoss
-from ..core.similarity import unit, unknown
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #d52d2225
-def group_centroids(unit_CD: Tensor, # (C, D) unit proxies
-                    group_C: Tensor, # (C,) group of each class
-                    groups: int, # K
-                   ) -> Tensor: # (K, D) unit vectors, 0 for an empty group
+def group_centroids(
+    unit_CD: Tensor,  # (C, D) unit proxies
+    group_C: Tensor,  # (C,) group of each class
+    groups: int,  # K
+) -> Tensor:  # (K, D) unit vectors, 0 for an empty group
     "Centroid of the proxies of each group of classes, made unit."
     return unit(unit_CD.new_zeros(groups, unit_CD.shape[1]).index_add(0, group_C, unit_CD))
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #f5293ef5
-def group_counts(num_classes: int, # C
-                 levels: int, # of proxies, 1: the classes alone
-                 n_coarse: int | Sequence[int] | None, # groups at each level above the classes; None: the root of the level below
-                ) -> list[int]: # levels - 1 numbers
+def group_counts(
+    num_classes: int,  # C
+    levels: int,  # of proxies, 1: the classes alone
+    n_coarse: int | Sequence[int] | None,  # groups at each level above the classes; None: the root of the level below
+) -> list[int]:  # levels - 1 numbers
     "How many groups each coarse level has."
     check_whole(levels=(levels, 1))
     counts = [] if n_coarse is None else list(n_coarse) if isinstance(n_coarse, Sequence) else [n_coarse]
-    for count in counts: check_whole(n_coarse=(count, 1))
+    for count in counts:
+        check_whole(n_coarse=(count, 1))
     if n_coarse is None:
-        for _ in range(levels - 1): counts.append(max(1, round((counts or [num_classes])[-1]**.5)))
-    if len(counts) != levels - 1: raise ValueError(f"n_coarse must hold {levels - 1} numbers for levels={levels}, one for each level above the classes, got {n_coarse!r}.")
+        for _ in range(levels - 1):
+            counts.append(max(1, round((counts or [num_classes])[-1] ** 0.5)))
+    if len(counts) != levels - 1:
+        raise ValueError(
+            f"n_coarse must hold {levels - 1} numbers for levels={levels}, one for each level above the classes, got {n_coarse!r}."
+        )
     if any(fine > coarse for fine, coarse in zip(counts, [num_classes, *counts])):
-        raise ValueError(f"n_coarse must not grow from level to level nor exceed the {num_classes} classes, got {n_coarse!r}.")
+        raise ValueError(
+            f"n_coarse must not grow from level to level nor exceed the {num_classes} classes, got {n_coarse!r}."
+        )
     return counts
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #e864a13e
 @register("hpl")
 class HPLLoss(HostedLoss):
     "Hierarchical proxy loss (Yang et al., WACV 2022), reconstructed."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 host: str = "proxy_anchor", # one of `HOSTS`
-                 host_params: dict | None = None, # of the host
-                 levels: int = 2, # of proxies, with that of the classes
-                 n_coarse: int | Sequence[int] | None = None, # groups at each level above the classes; None: the root of the level below
-                 coarse_weight: float = .1, # ω, weight of each coarse level
-                 start_epoch: int = 1, # 0-based: first epoch with groups
-                 update_every: int = 5, # epochs from one grouping to the next
-                 coarse_proxies: str = "centroids", # "centroids" of the class proxies or "learned"
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        host: str = "proxy_anchor",  # one of `HOSTS`
+        host_params: dict | None = None,  # of the host
+        levels: int = 2,  # of proxies, with that of the classes
+        n_coarse: int
+        | Sequence[int]
+        | None = None,  # groups at each level above the classes; None: the root of the level below
+        coarse_weight: float = 0.1,  # ω, weight of each coarse level
+        start_epoch: int = 1,  # 0-based: first epoch with groups
+        update_every: int = 5,  # epochs from one grouping to the next
+        coarse_proxies: str = "centroids",  # "centroids" of the class proxies or "learned"
+    ):
         super().__init__(num_classes, embedding_size, host, host_params)
         check_whole(start_epoch=(start_epoch, 0), update_every=(update_every, 1))
         check_at_least(coarse_weight=(coarse_weight, 0))
-        if coarse_proxies not in ("centroids", "learned"): raise unknown("coarse_proxies", coarse_proxies, ("centroids", "learned"))
-        self.counts, self.coarse_weight, self.start_epoch, self.update_every = group_counts(num_classes, levels, n_coarse), coarse_weight, start_epoch, update_every
-        self.register_buffer("groups", torch.arange(num_classes) % torch.tensor(self.counts, dtype=torch.long)[:, None]) # until `set_epoch` forms them
+        if coarse_proxies not in ("centroids", "learned"):
+            raise unknown("coarse_proxies", coarse_proxies, ("centroids", "learned"))
+        self.counts, self.coarse_weight, self.start_epoch, self.update_every = (
+            group_counts(num_classes, levels, n_coarse),
+            coarse_weight,
+            start_epoch,
+            update_every,
+        )
+        self.register_buffer(
+            "groups", torch.arange(num_classes) % torch.tensor(self.counts, dtype=torch.long)[:, None]
+        )  # until `set_epoch` forms them
         self.register_buffer("grouped_at", torch.tensor(-update_every))
-        learned = [nn.Parameter(torch.randn(K, embedding_size)) for K in self.counts] if coarse_proxies == "learned" else []
+        learned = (
+            [nn.Parameter(torch.randn(K, embedding_size)) for K in self.counts] if coarse_proxies == "learned" else []
+        )
         self.coarse = nn.ParameterList(learned)
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #b8894331
-def renumber(group_C: Tensor, # (C,) group of each class
-             old_C: Tensor, # (C,) group of each class before
-             groups: int, # K
-            ) -> Tensor: # (C,) the same groups under the numbers of the old ones that they share most classes with
+def renumber(
+    group_C: Tensor,  # (C,) group of each class
+    old_C: Tensor,  # (C,) group of each class before
+    groups: int,  # K
+) -> Tensor:  # (C,) the same groups under the numbers of the old ones that they share most classes with
     "Match groups to those before."
     from scipy.optimize import linear_sum_assignment
-    shared_KK = torch.bincount(group_C*groups + old_C, minlength=groups**2).view(groups, groups)
+
+    shared_KK = torch.bincount(group_C * groups + old_C, minlength=groups**2).view(groups, groups)
     return torch.from_numpy(linear_sum_assignment(shared_KK.cpu().numpy(), maximize=True)[1]).to(group_C)[group_C]
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #0d4907e3
@@ -83,6 +108,7 @@ def renumber(group_C: Tensor, # (C,) group of each class
 def form_groups(self: HPLLoss):
     "K-means on the proxies, level by level."
     from sklearn.cluster import KMeans
+
     first = not 0 <= int(self.grouped_at) < self.epoch
     w_CD, group_C = unit(self.proxies.float()), torch.arange(self.num_classes, device=self.proxies.device)
     finer_KD = w_CD
@@ -91,14 +117,16 @@ def form_groups(self: HPLLoss):
         group_C = renumber(torch.from_numpy(found).to(group_C)[group_C], self.groups[level], K)
         finer_KD = group_centroids(w_CD, group_C, K)
         self.groups[level] = group_C
-        if self.coarse and first: self.coarse[level].copy_(finer_KD)
+        if self.coarse and first:
+            self.coarse[level].copy_(finer_KD)
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #04da9496
 @patch
-def set_epoch(self: HPLLoss, epoch: int): # 0-based
+def set_epoch(self: HPLLoss, epoch: int):  # 0-based
     "Form the groups when they are due."
     self.epoch = epoch
-    if epoch < self.start_epoch or 0 <= epoch - int(self.grouped_at) < self.update_every: return
+    if epoch < self.start_epoch or 0 <= epoch - int(self.grouped_at) < self.update_every:
+        return
     self.form_groups()
     self.grouped_at.fill_(epoch)
 
@@ -108,8 +136,9 @@ def compute(self: HPLLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "The host on the classes and on each level of groups."
     z, w = unit(embeddings), unit(self.proxies.to(embeddings.dtype))
     value = self.host(z @ w.T, labels)
-    if self.epoch < self.start_epoch: return value
+    if self.epoch < self.start_epoch:
+        return value
     for level, K in enumerate(self.counts):
         coarse_KD = unit(self.coarse[level].to(w.dtype)) if self.coarse else group_centroids(w, self.groups[level], K)
-        value = value + self.coarse_weight*self.host(z @ coarse_KD.T, self.groups[level][labels])
+        value = value + self.coarse_weight * self.host(z @ coarse_KD.T, self.groups[level][labels])
     return value

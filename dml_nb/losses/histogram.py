@@ -11,33 +11,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..core.similarity import masked_logsumexp, unknown
 from .base import check_at_least, check_whole, register
 from .contrastive import distance, from_gradient
 from .pair_base import PairLoss
-from ..core.similarity import masked_logsumexp, unknown
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #c8fb86d2
-def nca(sim_BN: Tensor, # (B, N) cosines
-        pos_BN: Tensor, # (B, N) boolean mask of positives
-        neg_BN: Tensor, # (B, N) boolean mask of negatives
-        scale: float = 1., # κ, factor of the squared distance
-       ) -> Tensor: # scalar
+def nca(
+    sim_BN: Tensor,  # (B, N) cosines
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    scale: float = 1.0,  # κ, factor of the squared distance
+) -> Tensor:  # scalar
     "Neighbourhood components analysis (Goldberger et al. 2004)."
     usable_B = pos_BN.any(1) & neg_BN.any(1)
-    exponent_BN = 2*scale * (sim_BN - 1)
+    exponent_BN = 2 * scale * (sim_BN - 1)
     if scale <= 20:
         e_BN = exponent_BN.exp()
         sums_2B = [(e_BN * mask_BN.to(sim_BN)).sum(1) for mask_BN in (pos_BN, neg_BN)]
         right_B, wrong_B = (torch.where(usable_B, sum_B, 1).log() for sum_B in sums_2B)
-    else: right_B, wrong_B = masked_logsumexp(exponent_BN, pos_BN), masked_logsumexp(exponent_BN, neg_BN)
+    else:
+        right_B, wrong_B = masked_logsumexp(exponent_BN, pos_BN), masked_logsumexp(exponent_BN, neg_BN)
     return torch.where(usable_B, softplus(wrong_B - right_B, threshold=40), 0).mean()
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #332e84f6
-def neighbourhood(sim_BN: Tensor, # (B, N) similarities
-                  pos_BN: Tensor, # (B, N) boolean mask of positives
-                  neg_BN: Tensor, # (B, N) boolean mask of negatives
-                  k: int, # neighbours of an anchor; more where the k-th is tied
-                 ) -> tuple[Tensor, Tensor]: # masks like those given
+def neighbourhood(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    k: int,  # neighbours of an anchor; more where the k-th is tied
+) -> tuple[Tensor, Tensor]:  # masks like those given
     "Only the k nearest, and the nearest positive in any case."
     sim_BN = sim_BN.detach()
     least_B1 = sim_BN.masked_fill(~(pos_BN | neg_BN), -torch.inf).topk(min(k, sim_BN.shape[1])).values[:, -1:]
@@ -45,43 +48,54 @@ def neighbourhood(sim_BN: Tensor, # (B, N) similarities
     return pos_BN & (sim_BN >= torch.minimum(least_B1, best_B1)), neg_BN & (sim_BN >= least_B1)
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #48c0be85
-@register("nca", deep_metric=dict(scale=8., k=32))
+@register("nca", deep_metric=dict(scale=8.0, k=32))
 class NCALoss(PairLoss):
     "NCA (Goldberger et al., NIPS 2004) on unit vectors, of all references or of the k nearest."
-    def __init__(self,
-                 scale: float = 1., # κ, factor of the squared distance
-                 k: int | None = None, # neighbours of an anchor; None: all
-                 miner=None, self_eps: float | None = None, # see `PairLoss`
-                ):
+
+    def __init__(
+        self,
+        scale: float = 1.0,  # κ, factor of the squared distance
+        k: int | None = None,  # neighbours of an anchor; None: all
+        miner=None,
+        self_eps: float | None = None,  # see `PairLoss`
+    ):
         super().__init__(miner, self_eps)
         check_at_least(scale=(scale, 1e-4))
-        if k is not None: check_whole(k=(k, 1))
+        if k is not None:
+            check_whole(k=(k, 1))
         self.scale, self.k = scale, k
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "Mean over the anchors."
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
-        if self.k is not None: pos_BN, neg_BN = neighbourhood(sim_BN, pos_BN, neg_BN, self.k)
+        if self.k is not None:
+            pos_BN, neg_BN = neighbourhood(sim_BN, pos_BN, neg_BN, self.k)
         return nca(sim_BN, pos_BN, neg_BN, self.scale)
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #52580388
-def histogram(sim_BN: Tensor, # (B, N) cosines
-              mask_BN: Tensor, # (B, N) boolean: which pairs to count
-              nodes: int = 101, # R
-             ) -> Tensor: # (R,) of sum 1, or all 0 for an empty mask
+def histogram(
+    sim_BN: Tensor,  # (B, N) cosines
+    mask_BN: Tensor,  # (B, N) boolean: which pairs to count
+    nodes: int = 101,  # R
+) -> Tensor:  # (R,) of sum 1, or all 0 for an empty mask
     "Histogram with linear weights, differentiable in the similarities."
-    place_BN = (sim_BN + 1) * ((nodes - 1)/2)
+    place_BN = (sim_BN + 1) * ((nodes - 1) / 2)
     lower_BN = place_BN.detach().floor().clamp(0, nodes - 2)
     counted_BN = mask_BN.to(sim_BN)
-    upper_BN = (place_BN - lower_BN) * counted_BN # the share of the upper node
+    upper_BN = (place_BN - lower_BN) * counted_BN  # the share of the upper node
     node_P = lower_BN.long().flatten()
-    counts_R = sim_BN.new_zeros(nodes).index_add(0, node_P, (counted_BN - upper_BN).flatten()).index_add(0, node_P + 1, upper_BN.flatten())
+    counts_R = (
+        sim_BN.new_zeros(nodes)
+        .index_add(0, node_P, (counted_BN - upper_BN).flatten())
+        .index_add(0, node_P + 1, upper_BN.flatten())
+    )
     return counts_R / mask_BN.sum().clamp_min(1)
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #1d76cc27
-def reverse_probability(pos_R: Tensor, # (R,) histogram of the positive pairs
-                        neg_R: Tensor, # (R,) histogram of the negative pairs
-                       ) -> Tensor: # scalar
+def reverse_probability(
+    pos_R: Tensor,  # (R,) histogram of the positive pairs
+    neg_R: Tensor,  # (R,) histogram of the negative pairs
+) -> Tensor:  # scalar
     "Chance that a negative pair is at least as similar as a positive one (Ustinova & Lempitsky 2016)."
     return (neg_R * pos_R.cumsum(0)).sum()
 
@@ -89,10 +103,13 @@ def reverse_probability(pos_R: Tensor, # (R,) histogram of the positive pairs
 @register("histogram", cbml_repo=dict(nodes=1000))
 class HistogramLoss(PairLoss):
     "Histogram loss (Ustinova & Lempitsky, NIPS 2016)."
-    def __init__(self,
-                 nodes: int = 101, # R
-                 miner=None, self_eps: float | None = None, # see `PairLoss`
-                ):
+
+    def __init__(
+        self,
+        nodes: int = 101,  # R
+        miner=None,
+        self_eps: float | None = None,  # see `PairLoss`
+    ):
         super().__init__(miner, self_eps)
         check_whole(nodes=(nodes, 2))
         self.nodes = nodes
@@ -102,65 +119,83 @@ from fastcore.basics import patch
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #d2f48c36
 @patch
-def pairs(self: HistogramLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def pairs(self: HistogramLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "Needs positive and negative pairs, else 0."
-    if self.in_batch and len(sim_BN) == sim_BN.shape[1]: pos_BN, neg_BN = pos_BN | pos_BN.T, neg_BN | neg_BN.T
+    if self.in_batch and len(sim_BN) == sim_BN.shape[1]:
+        pos_BN, neg_BN = pos_BN | pos_BN.T, neg_BN | neg_BN.T
     self.active = (pos_BN.any(1) | neg_BN.any(1)).sum() * (pos_BN.any() & neg_BN.any())
     return reverse_probability(histogram(sim_BN, pos_BN, self.nodes), histogram(sim_BN, neg_BN, self.nodes))
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #b410bc35
 @torch.no_grad()
-def weighted_violation(violation_BN: Tensor, # (B, N) violations, 0 where none
-                       temp: float, # T, sharpness of the weights
-                       extra: float, # added to the sum of the weights
-                       fixed: bool, # True: no gradient through the weights
-                      ) -> tuple[Tensor, Tensor]: # (B,) means, (B, N) their gradient
+def weighted_violation(
+    violation_BN: Tensor,  # (B, N) violations, 0 where none
+    temp: float,  # T, sharpness of the weights
+    extra: float,  # added to the sum of the weights
+    fixed: bool,  # True: no gradient through the weights
+) -> tuple[Tensor, Tensor]:  # (B,) means, (B, N) their gradient
     "Mean of the violations of each row, weighted by `exp(T violation)`."
     top_B1 = violation_BN.amax(1, keepdim=True)
     share_BN = (violation_BN - top_B1).mul_(temp).exp_().masked_fill_(violation_BN <= 0, 0)
-    total_B1 = share_BN.sum(1, keepdim=True) + extra*(-temp*top_B1).exp()
+    total_B1 = share_BN.sum(1, keepdim=True) + extra * (-temp * top_B1).exp()
     share_BN /= total_B1.clamp_min(torch.finfo(share_BN.dtype).tiny)
     mean_B1 = torch.linalg.vecdot(share_BN, violation_BN)[:, None]
-    if not fixed: share_BN *= (violation_BN - mean_B1).mul_(temp).add_(1)
+    if not fixed:
+        share_BN *= (violation_BN - mean_B1).mul_(temp).add_(1)
     return mean_B1[:, 0], share_BN
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #0c8af84f
 VARIANTS = ("paper", "pml", "cbml")
 
+
 @register("ranked_list", pml=dict(variant="pml"), cbml_repo=dict(variant="cbml"))
 class RankedListLoss(PairLoss):
     "Ranked list loss (Wang et al., CVPR 2019)."
-    def __init__(self,
-                 margin: float = .4, # m, between the border of the positives and that of the negatives
-                 alpha: float | None = None, # border of the negatives; None: 1 + margin/2, for "cbml" 1.4
-                 t_neg: float = 10., # sharpness of the weights of the negatives
-                 t_pos: float = 0., # sharpness of the weights of the positives
-                 balance: float = .5, # λ, share of the negatives
-                 variant: str = "paper", # "paper", "pml" or "cbml"
-                 miner=None, self_eps: float | None = None, # see `PairLoss`
-                ):
+
+    def __init__(
+        self,
+        margin: float = 0.4,  # m, between the border of the positives and that of the negatives
+        alpha: float | None = None,  # border of the negatives; None: 1 + margin/2, for "cbml" 1.4
+        t_neg: float = 10.0,  # sharpness of the weights of the negatives
+        t_pos: float = 0.0,  # sharpness of the weights of the positives
+        balance: float = 0.5,  # λ, share of the negatives
+        variant: str = "paper",  # "paper", "pml" or "cbml"
+        miner=None,
+        self_eps: float | None = None,  # see `PairLoss`
+    ):
         super().__init__(miner, self_eps)
-        self.alpha = (1.4 if variant == "cbml" else 1 + margin/2) if alpha is None else alpha
-        check_at_least(margin=(margin, 0), alpha=(self.alpha, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0))
-        if balance > 1: raise ValueError(f"balance must be at most 1, got {balance}: it is the share of the negatives.")
-        if variant not in VARIANTS: raise unknown("variant", variant, VARIANTS)
-        if variant == "cbml" and (t_pos or balance != .5):
-            raise ValueError("variant='cbml' weighs all positives alike and takes both parts in full: leave t_pos and balance out.")
+        self.alpha = (1.4 if variant == "cbml" else 1 + margin / 2) if alpha is None else alpha
+        check_at_least(
+            margin=(margin, 0), alpha=(self.alpha, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0)
+        )
+        if balance > 1:
+            raise ValueError(f"balance must be at most 1, got {balance}: it is the share of the negatives.")
+        if variant not in VARIANTS:
+            raise unknown("variant", variant, VARIANTS)
+        if variant == "cbml" and (t_pos or balance != 0.5):
+            raise ValueError(
+                "variant='cbml' weighs all positives alike and takes both parts in full: leave t_pos and balance out."
+            )
         self.margin, self.t_neg, self.t_pos, self.balance, self.variant = margin, t_neg, t_pos, balance, variant
-        self.exact_gradient = variant != "paper" # there the weights count as constants
+        self.exact_gradient = variant != "paper"  # there the weights count as constants
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #fbd7659d
 @patch
-def pairs(self: RankedListLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def pairs(self: RankedListLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "Mean over the anchors; one without violations counts 0."
     dist_BN, slope_BN = distance(sim_BN.detach())
     u_BN = (dist_BN - (self.alpha - self.margin)).relu_().masked_fill_(~pos_BN, 0)
     v_BN = (self.alpha - dist_BN).relu_().masked_fill_(~neg_BN, 0)
-    extra, fixed = {"paper": 0, "pml": 1e-5*sim_BN.shape[1], "cbml": 1e-5}[self.variant], self.variant == "paper"
-    (pull_B, pull_BN), (push_B, push_BN) = weighted_violation(u_BN, self.t_pos, extra, fixed), weighted_violation(v_BN, self.t_neg, extra, fixed)
+    extra, fixed = {"paper": 0, "pml": 1e-5 * sim_BN.shape[1], "cbml": 1e-5}[self.variant], self.variant == "paper"
+    (pull_B, pull_BN), (push_B, push_BN) = (
+        weighted_violation(u_BN, self.t_pos, extra, fixed),
+        weighted_violation(v_BN, self.t_neg, extra, fixed),
+    )
     share = 1 - self.balance, self.balance
-    if self.variant == "cbml": # all positives under one mean, both parts in full
+    if self.variant == "cbml":  # all positives under one mean, both parts in full
         number_B1, share = pos_BN.to(u_BN).sum(1, keepdim=True) + extra, (1, 1)
-        pull_B, pull_BN = u_BN.sum(1)/number_B1[:, 0], (u_BN > 0)/number_B1
-    value = (share[0]*pull_B + share[1]*push_B).mean()
-    return from_gradient(sim_BN, value, slope_BN.mul_(push_BN.mul_(share[1]/len(sim_BN)).sub_(pull_BN, alpha=share[0]/len(sim_BN))))
+        pull_B, pull_BN = u_BN.sum(1) / number_B1[:, 0], (u_BN > 0) / number_B1
+    value = (share[0] * pull_B + share[1] * push_B).mean()
+    return from_gradient(
+        sim_BN, value, slope_BN.mul_(push_BN.mul_(share[1] / len(sim_BN)).sub_(pull_BN, alpha=share[0] / len(sim_BN)))
+    )

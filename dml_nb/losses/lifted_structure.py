@@ -10,59 +10,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from ..core.similarity import masked_logsumexp, unit, unknown
 from .base import check_at_least, check_default, register
 from .contrastive import SlackPairLoss, check_own_mining
 from .pair_base import PairLoss
-from ..core.similarity import masked_logsumexp, unit, unknown
 
 # %% ../../nbs/40_losses/13_lifted_structure.ipynb #297a79a4
-def raw_distances(x_BD: Tensor, # (B, D) embeddings of any length
-                 ) -> Tensor: # (B, B) Euclidean distances
+def raw_distances(
+    x_BD: Tensor,  # (B, D) embeddings of any length
+) -> Tensor:  # (B, B) Euclidean distances
     "Distances of raw vectors by one matrix product; exactly 0 with gradient 0 for copies."
     x_BD = x_BD - x_BD.detach().mean(0)
     gram = x_BD @ x_BD.T
     norms = gram.diagonal()[:, None] + gram.diagonal()
-    square = norms - 2*gram
-    far = square > 8*torch.finfo(gram.dtype).eps*norms
-    return torch.where(far, square, 1.).sqrt() * far
+    square = norms - 2 * gram
+    far = square > 8 * torch.finfo(gram.dtype).eps * norms
+    return torch.where(far, square, 1.0).sqrt() * far
 
 # %% ../../nbs/40_losses/13_lifted_structure.ipynb #f9549233
-def lifted_structure(dist_BB: Tensor, # (B, B) distances within a batch
-                     pos_BB: Tensor, # (B, B) boolean mask of positives
-                     neg_BB: Tensor, # (B, B) boolean mask of negatives
-                     alpha: float = 1., # margin
-                    ) -> Tensor: # scalar
+def lifted_structure(
+    dist_BB: Tensor,  # (B, B) distances within a batch
+    pos_BB: Tensor,  # (B, B) boolean mask of positives
+    neg_BB: Tensor,  # (B, B) boolean mask of negatives
+    alpha: float = 1.0,  # margin
+) -> Tensor:  # scalar
     "Lifted structure as a function of distances (Oh Song et al. 2016)."
     lse_B = masked_logsumexp(alpha - dist_BB, neg_BB)
     J_BB = torch.logaddexp(lse_B[:, None], lse_B) + dist_BB
-    return J_BB.relu().square().masked_fill(~pos_BB, 0).sum() / (2*pos_BB.sum()).clamp_min(1)
+    return J_BB.relu().square().masked_fill(~pos_BB, 0).sum() / (2 * pos_BB.sum()).clamp_min(1)
 
 # %% ../../nbs/40_losses/13_lifted_structure.ipynb #bc1eb5d6
 @register("lifted_structure")
 class LiftedStructureLoss(PairLoss):
     "Lifted structure on raw Euclidean distances (Oh Song et al., CVPR 2016)."
+
     normalised = False
-    def __init__(self,
-                 alpha: float = 1., # margin
-                 normalize: bool = False, # scale the embeddings to length 1 first
-                 miner: nn.Module | None = None, # sees 1 - distance as similarity
-                 self_eps: float | None = None, # positives nearer than this distance are dropped
-                ):
+
+    def __init__(
+        self,
+        alpha: float = 1.0,  # margin
+        normalize: bool = False,  # scale the embeddings to length 1 first
+        miner: nn.Module | None = None,  # sees 1 - distance as similarity
+        self_eps: float | None = None,  # positives nearer than this distance are dropped
+    ):
         super().__init__(miner, self_eps)
         check_at_least(alpha=(alpha, -torch.inf))
         self.alpha, self.normalised = alpha, normalize
 
-    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor: # (B, B)
+    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor:  # (B, B)
         "1 - distance, within the batch."
         return 1 - raw_distances(unit(embeddings) if self.normalised else embeddings)
 
-    def compute(self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor: # scalar
+    def compute(
+        self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None
+    ) -> Tensor:  # scalar
         "As every pair loss, but within the batch only."
         if ref_emb is not None:
-            raise ValueError("lifted_structure takes no references, because it needs the negatives of every positive: use lifted_structure_cos.")
+            raise ValueError(
+                "lifted_structure takes no references, because it needs the negatives of every positive: use lifted_structure_cos."
+            )
         return super().compute(embeddings, labels, indices_tuple)
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "The formula, on distances."
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         return lifted_structure(1 - sim_BN, pos_BN, neg_BN, self.alpha)
@@ -71,51 +80,62 @@ class LiftedStructureLoss(PairLoss):
 @register("lifted_structure_cos", official_code=dict(self_eps=1e-5))
 class LiftedStructureCosLoss(SlackPairLoss):
     "Deep_Metric's lifted structure: a log-sum-exp of cosines on each side of an anchor."
-    def __init__(self,
-                 alpha: float = 40., # sharpness for negatives
-                 beta: float = 2., # sharpness for positives
-                 hard_mining: bool = False, # only pairs with a rival within the slack
-                 slack: float = .1, # of the hard mining
-                 miner: nn.Module | None = None, # from `dml_nb.losses.miners`
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
-        if miner is not None: check_default("with a miner, which takes its place", hard_mining=(hard_mining, False))
+
+    def __init__(
+        self,
+        alpha: float = 40.0,  # sharpness for negatives
+        beta: float = 2.0,  # sharpness for positives
+        hard_mining: bool = False,  # only pairs with a rival within the slack
+        slack: float = 0.1,  # of the hard mining
+        miner: nn.Module | None = None,  # from `dml_nb.losses.miners`
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
+        if miner is not None:
+            check_default("with a miner, which takes its place", hard_mining=(hard_mining, False))
         check_own_mining(hard_mining, miner, slack=slack)
         super().__init__(slack if hard_mining else None, miner, self_eps)
         check_at_least(alpha=(alpha, 1e-6), beta=(beta, 1e-6))
         self.alpha, self.beta = alpha, beta
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "Two log-sum-exps an anchor, mean over all anchors."
         used_B = pos_BN.any(1) & neg_BN.any(1)
         self.active = used_B.sum()
-        cost_B = 2/self.beta*masked_logsumexp(-self.beta*sim_BN, pos_BN) + 2/self.alpha*masked_logsumexp(self.alpha*sim_BN, neg_BN)
+        cost_B = 2 / self.beta * masked_logsumexp(-self.beta * sim_BN, pos_BN) + 2 / self.alpha * masked_logsumexp(
+            self.alpha * sim_BN, neg_BN
+        )
         return torch.where(used_B, cost_B, 0).mean()
 
 # %% ../../nbs/40_losses/13_lifted_structure.ipynb #d883226f
 NEGATIVES = ("semihard", "hard")
 
+
 @register("easy_positive", epshn=dict(negative="semihard"), ephn=dict(negative="hard"))
 class EasyPositiveLoss(PairLoss):
     "The easiest positive of an anchor against one hard or semi-hard negative (Xuan et al., WACV 2020)."
-    def __init__(self,
-                 sigma: float = .1, # temperature
-                 negative: str = "semihard", # "semihard": hardest below the positive (EPSHN); "hard" (EPHN)
-                 miner: nn.Module | None = None, # from `dml_nb.losses.miners`
-                 self_eps: float | None = 1e-4, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    def __init__(
+        self,
+        sigma: float = 0.1,  # temperature
+        negative: str = "semihard",  # "semihard": hardest below the positive (EPSHN); "hard" (EPHN)
+        miner: nn.Module | None = None,  # from `dml_nb.losses.miners`
+        self_eps: float | None = 1e-4,  # positives with similarity above 1 - self_eps are dropped
+    ):
         super().__init__(miner, self_eps)
         check_at_least(sigma=(sigma, 1e-6))
-        if negative not in NEGATIVES: raise unknown("negative", negative, NEGATIVES)
+        if negative not in NEGATIVES:
+            raise unknown("negative", negative, NEGATIVES)
         self.sigma, self.negative = sigma, negative
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "Choose the two pairs of each anchor, then a softmax over the two."
-        if not sim_BN.numel(): return sim_BN.sum() # no references yet
+        if not sim_BN.numel():
+            return sim_BN.sum()  # no references yet
         easy_B = sim_BN.masked_fill(~pos_BN, -2).amax(1)
-        if self.negative == "semihard": neg_BN = neg_BN & (sim_BN <= easy_B[:, None])
+        if self.negative == "semihard":
+            neg_BN = neg_BN & (sim_BN <= easy_B[:, None])
         hard_B = sim_BN.masked_fill(~neg_BN, -2).amax(1)
         used_B = (easy_B > 0) & (hard_B > 0)
         self.active = used_B.sum()
-        cost_B = -logsigmoid((easy_B - hard_B)/self.sigma)
+        cost_B = -logsigmoid((easy_B - hard_B) / self.sigma)
         return torch.where(used_B, cost_B, 0).sum() / used_B.sum().clamp_min(1)

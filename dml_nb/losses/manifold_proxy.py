@@ -10,64 +10,80 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .base import DMLLoss, check_at_least, check_whole, register
 from ..core.similarity import cosine, log1p_sum_exp, unit
+from .base import DMLLoss, check_at_least, check_whole, register
 
 # %% ../../nbs/40_losses/28_manifold_proxy.ipynb #3533c97f
-def random_walk(weight_NN: Tensor, # (N, N) symmetric weights of the edges, 0 on the diagonal
-                alpha: float = .8, # chance to go on
-               ) -> Tensor: # (N, N)
+def random_walk(
+    weight_NN: Tensor,  # (N, N) symmetric weights of the edges, 0 on the diagonal
+    alpha: float = 0.8,  # chance to go on
+) -> Tensor:  # (N, N)
     "F = (1-a) (I - a S̄)^-1: where walks end, symmetric."
     root_N = weight_NN.sum(1).rsqrt()
     eye_NN = torch.eye(len(weight_NN), dtype=weight_NN.dtype, device=weight_NN.device)
     return (1 - alpha) * torch.linalg.solve(eye_NN - alpha * root_N[:, None] * weight_NN * root_N, eye_NN)
 
 # %% ../../nbs/40_losses/28_manifold_proxy.ipynb #bcebead5
-def edges(nodes_ND: Tensor, # (N, D) samples and proxies
-         ) -> Tensor: # (N, N)
+def edges(
+    nodes_ND: Tensor,  # (N, D) samples and proxies
+) -> Tensor:  # (N, N)
     "exp(2 [cos]_+), no loops."
     weight_NN = (2 * cosine(nodes_ND, nodes_ND).clamp_min(0)).exp()
     return weight_NN * (1 - torch.eye(len(nodes_ND), dtype=weight_NN.dtype, device=weight_NN.device))
 
 # %% ../../nbs/40_losses/28_manifold_proxy.ipynb #f6fc0704
-def hard_proxies(sim_BK: Tensor, # (B, K) similarity of samples and proxies
-                 meta_B: Tensor, # (B,) the proxy of each sample
-                 margin: float = 5e-4, # m
-                ) -> Tensor: # scalar
+def hard_proxies(
+    sim_BK: Tensor,  # (B, K) similarity of samples and proxies
+    meta_B: Tensor,  # (B,) the proxy of each sample
+    margin: float = 5e-4,  # m
+) -> Tensor:  # scalar
     "Log-sum-exp over the proxies that are not clearly less similar than the sample's own."
     over_BK = sim_BK - sim_BK.gather(1, meta_B[:, None]) + margin
     return log1p_sum_exp(over_BK, (over_BK >= 0).scatter(1, meta_B[:, None], False)).mean()
 
 # %% ../../nbs/40_losses/28_manifold_proxy.ipynb #d91a0057
-def manifold_proxy(embeddings: Tensor, # (B, D)
-                   proxies: Tensor, # (K, D)
-                   meta_B: Tensor, # (B,) the proxy of each sample
-                   alpha: float = .8, # chance to go on
-                   margin: float = 5e-4, # m
-                   context: float = 1., # λ_C
-                  ) -> Tensor: # scalar
+def manifold_proxy(
+    embeddings: Tensor,  # (B, D)
+    proxies: Tensor,  # (K, D)
+    meta_B: Tensor,  # (B,) the proxy of each sample
+    alpha: float = 0.8,  # chance to go on
+    margin: float = 5e-4,  # m
+    context: float = 1.0,  # λ_C
+) -> Tensor:  # scalar
     "Intrinsic and context terms on the graph of samples and proxies (Aziere and Todorovic 2019)."
-    walk_BN, walk_KN = random_walk(edges(torch.cat([embeddings, proxies])), alpha).split([len(embeddings), len(proxies)])
-    intrinsic = hard_proxies(walk_BN[:, len(embeddings):], meta_B, margin)
+    walk_BN, walk_KN = random_walk(edges(torch.cat([embeddings, proxies])), alpha).split(
+        [len(embeddings), len(proxies)]
+    )
+    intrinsic = hard_proxies(walk_BN[:, len(embeddings) :], meta_B, margin)
     return intrinsic + context * hard_proxies(unit(walk_BN) @ unit(walk_KN).T, meta_B, margin)
 
 # %% ../../nbs/40_losses/28_manifold_proxy.ipynb #f94a8800
 @register("manifold_proxy")
 class ManifoldProxyLoss(DMLLoss):
     "Manifold proxy similarity (Aziere and Todorovic, CVPR 2019)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 num_proxies: int = 50, # K
-                 alpha: float = .8, # chance that the walk goes on
-                 margin: float = 5e-4, # m
-                 context: float = 1., # λ_C, weight of the context term
-                 reassign_every: int = 0, # epochs after which the meta-classes are drawn anew; 0: never
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        num_proxies: int = 50,  # K
+        alpha: float = 0.8,  # chance that the walk goes on
+        margin: float = 5e-4,  # m
+        context: float = 1.0,  # λ_C, weight of the context term
+        reassign_every: int = 0,  # epochs after which the meta-classes are drawn anew; 0: never
+    ):
         super().__init__()
-        check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), num_proxies=(num_proxies, 2), reassign_every=(reassign_every, 0))
+        check_whole(
+            num_classes=(num_classes, 1),
+            embedding_size=(embedding_size, 1),
+            num_proxies=(num_proxies, 2),
+            reassign_every=(reassign_every, 0),
+        )
         check_at_least(margin=(margin, 0), context=(context, 0), alpha=(alpha, 0))
-        if not 0 < alpha < 1: raise ValueError(f"alpha must lie between 0 and 1, both excluded, got {alpha}: the walk must go on and must end.")
+        if not 0 < alpha < 1:
+            raise ValueError(
+                f"alpha must lie between 0 and 1, both excluded, got {alpha}: the walk must go on and must end."
+            )
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.alpha, self.margin, self.context, self.reassign_every = alpha, margin, context, reassign_every
         self.meta_proxies = nn.Parameter(torch.randn(num_proxies, embedding_size))
@@ -81,13 +97,18 @@ def reassign(self: ManifoldProxyLoss):
     K, C = len(self.meta_proxies), self.num_classes
     self.meta.copy_(torch.randperm(K)[torch.randperm(C) % K])
 
+
 @patch
-def set_epoch(self: ManifoldProxyLoss, epoch: int): # 0-based
+def set_epoch(self: ManifoldProxyLoss, epoch: int):  # 0-based
     "Draw anew when it is time."
     self.epoch = epoch
-    if self.reassign_every and epoch and epoch % self.reassign_every == 0: self.reassign()
+    if self.reassign_every and epoch and epoch % self.reassign_every == 0:
+        self.reassign()
+
 
 @patch
 def compute(self: ManifoldProxyLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "The meta-class of each sample, then the walk."
-    return manifold_proxy(embeddings, self.meta_proxies.to(embeddings.dtype), self.meta[labels], self.alpha, self.margin, self.context)
+    return manifold_proxy(
+        embeddings, self.meta_proxies.to(embeddings.dtype), self.meta[labels], self.alpha, self.margin, self.context
+    )

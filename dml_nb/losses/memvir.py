@@ -7,48 +7,57 @@ __all__ = ['MemVirLoss']
 
 # %% ../../nbs/40_losses/37_memvir.ipynb #207f3606
 import torch
-from torch import Tensor, nn
 from fastcore.basics import patch
+from torch import Tensor, nn
 
+from ..core.similarity import check_embeddings, check_labels, own_share, unit, unknown
 from .base import DMLLoss, check_whole, register
 from .proxy_hosts import PUBLISHED, HostedLoss
-from ..core.similarity import check_embeddings, check_labels, own_share, unit, unknown
 
 # %% ../../nbs/40_losses/37_memvir.ipynb #07200d84
 @register("memvir", proxy_nca=dict(host="proxy_nca", steps=20, gap=25), proxy_anchor=dict(host="proxy_anchor"))
 class MemVirLoss(HostedLoss):
     "MemVir (Ko et al., ICCV 2021): the classes of past steps as further classes."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 host: str = "norm_softmax", # one of `HOSTS`
-                 host_params: dict | None = None, # of the host, over the published ones
-                 steps: int = 45, # N, past steps that are used
-                 gap: int = 10, # M, steps left out between two used ones
-                 start_epoch: int = 40, # U_e, 0-based: first epoch whose steps are stored
-                 queue_dtype: str = "float32", # storage: "float32", "float16" or "bfloat16"
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        host: str = "norm_softmax",  # one of `HOSTS`
+        host_params: dict | None = None,  # of the host, over the published ones
+        steps: int = 45,  # N, past steps that are used
+        gap: int = 10,  # M, steps left out between two used ones
+        start_epoch: int = 40,  # U_e, 0-based: first epoch whose steps are stored
+        queue_dtype: str = "float32",  # storage: "float32", "float16" or "bfloat16"
+    ):
         super().__init__(num_classes, embedding_size, host, PUBLISHED.get(host, {}) | (host_params or {}))
         check_whole(steps=(steps, 1), gap=(gap, 0), start_epoch=(start_epoch, 0))
-        if queue_dtype not in ("float32", "float16", "bfloat16"): raise unknown("queue_dtype", queue_dtype, ("float32", "float16", "bfloat16"))
+        if queue_dtype not in ("float32", "float16", "bfloat16"):
+            raise unknown("queue_dtype", queue_dtype, ("float32", "float16", "bfloat16"))
         self.gap, self.start_epoch = gap, start_epoch
-        length, dtype = steps*(gap + 1), getattr(torch, queue_dtype)
+        length, dtype = steps * (gap + 1), getattr(torch, queue_dtype)
         self.register_buffer("past_embeddings", torch.zeros(length, 0, embedding_size, dtype=dtype))
         self.register_buffer("past_labels", torch.zeros(length, 0, dtype=torch.long))
         self.register_buffer("past_proxies", torch.zeros(length, num_classes, embedding_size, dtype=dtype))
-        for name in ("position", "count"): self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        for name in ("position", "count"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
 
 # %% ../../nbs/40_losses/37_memvir.ipynb #28e207da
 @patch
-def virtual(self: MemVirLoss,
-            dtype: torch.dtype = torch.float32, # of the result
-           ) -> tuple[Tensor, Tensor, Tensor]: # (V, D) embeddings, (V,) labels from C on, (nC, D) proxies; unit vectors
+def virtual(
+    self: MemVirLoss,
+    dtype: torch.dtype = torch.float32,  # of the result
+) -> tuple[Tensor, Tensor, Tensor]:  # (V, D) embeddings, (V,) labels from C on, (nC, D) proxies; unit vectors
     "What the used past steps add."
     k = torch.arange(1, 1 + int(self.count) // (self.gap + 1), device=self.count.device)
-    slot = (self.position - k*(self.gap + 1)) % len(self.past_labels)
+    slot = (self.position - k * (self.gap + 1)) % len(self.past_labels)
     labels = self.past_labels[slot]
     filled = labels >= 0
-    return self.past_embeddings[slot][filled].to(dtype), (labels + k[:, None]*self.num_classes)[filled], self.past_proxies[slot].flatten(0, 1).to(dtype)
+    return (
+        self.past_embeddings[slot][filled].to(dtype),
+        (labels + k[:, None] * self.num_classes)[filled],
+        self.past_proxies[slot].flatten(0, 1).to(dtype),
+    )
 
 # %% ../../nbs/40_losses/37_memvir.ipynb #9ac897a9
 @patch
@@ -56,7 +65,7 @@ def compute(self: MemVirLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "The host loss over real and virtual embeddings and classes."
     z_BD, w_CD = unit(embeddings), unit(self.proxies.to(embeddings.dtype))
     past_z, past_labels, past_w = self.virtual(embeddings.dtype)
-    mine = own_share(len(past_z)) # else virtual embeddings would weigh more the more processes there are
+    mine = own_share(len(past_z))  # else virtual embeddings would weigh more the more processes there are
     past_z, past_labels = past_z[mine], past_labels[mine]
     real = torch.cat([z_BD, past_z]) @ w_CD.T
     virtual = torch.cat([z_BD @ past_w.T, past_z @ past_w.T])
@@ -65,13 +74,16 @@ def compute(self: MemVirLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
 # %% ../../nbs/40_losses/37_memvir.ipynb #02345aae
 @patch
 @torch.no_grad()
-def remember(self: MemVirLoss,
-             embeddings: Tensor, # (B, D) embeddings of the step just taken
-             labels: Tensor, # (B,)
-            ):
+def remember(
+    self: MemVirLoss,
+    embeddings: Tensor,  # (B, D) embeddings of the step just taken
+    labels: Tensor,  # (B,)
+):
     "Push embeddings and proxies; the training loop calls this after the optimiser step."
-    check_embeddings(embeddings, self.embedding_size); check_labels(labels, len(embeddings), self.num_classes)
-    if self.epoch < self.start_epoch: return
+    check_embeddings(embeddings, self.embedding_size)
+    check_labels(labels, len(embeddings), self.num_classes)
+    if self.epoch < self.start_epoch:
+        return
     size, width = len(labels), self.past_labels.shape[1]
     if size > width:
         self.past_embeddings = nn.functional.pad(self.past_embeddings, (0, 0, 0, size - width))
@@ -90,5 +102,6 @@ def _load_from_state_dict(self: MemVirLoss, state, prefix, *args):
     "Take over the width of the stored queue."
     for name in ("past_embeddings", "past_labels"):
         old, new = getattr(self, name), state.get(prefix + name)
-        if new is not None and new.shape[:1] == old.shape[:1] and new.shape[2:] == old.shape[2:]: setattr(self, name, old.new_zeros(new.shape))
+        if new is not None and new.shape[:1] == old.shape[:1] and new.shape[2:] == old.shape[2:]:
+            setattr(self, name, old.new_zeros(new.shape))
     DMLLoss._load_from_state_dict(self, state, prefix, *args)

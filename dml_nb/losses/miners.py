@@ -14,26 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..core.similarity import check_embeddings, check_labels, cosine, in_float32, match_masks, unknown
 from .base import check_at_least, check_whole
 from .pair_base import to_indices
-from ..core.similarity import check_embeddings, check_labels, cosine, in_float32, match_masks, unknown
 
 # %% ../../nbs/40_losses/02_miners.ipynb #3799e32b
 class Miner(nn.Module):
     "Base of the miners: checks its input, compares, and returns index vectors."
+
     embedding_size: int | None = None
 
     @torch.no_grad()
     @in_float32
-    def forward(self,
-                embeddings: Tensor, # (B, D)
-                labels: Tensor, # (B,)
-                ref_emb: Tensor | None = None, # (N, D) references; None: the batch
-                ref_labels: Tensor | None = None, # (N,)
-               ) -> tuple[Tensor, ...]: # (a1, p, a2, n) or (a, p, n)
+    def forward(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,)
+        ref_emb: Tensor | None = None,  # (N, D) references; None: the batch
+        ref_labels: Tensor | None = None,  # (N,)
+    ) -> tuple[Tensor, ...]:  # (a1, p, a2, n) or (a, p, n)
         "Mine by cosine similarity."
         check_embeddings(embeddings, self.embedding_size)
-        if hasattr(self, "dimension"): self.dimension = embeddings.shape[1]
+        if hasattr(self, "dimension"):
+            self.dimension = embeddings.shape[1]
         check_labels(labels, len(embeddings))
         refs = embeddings if ref_emb is None else ref_emb.to(embeddings.dtype)
         return self.indices(cosine(embeddings, refs), *match_masks(labels, ref_labels))
@@ -41,6 +44,7 @@ class Miner(nn.Module):
 # %% ../../nbs/40_losses/02_miners.ipynb #ff235ed4
 class PairMiner(Miner):
     "Base of the miners that thin out the masks."
+
     def mine(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> tuple[Tensor, Tensor]:
         "The rule; each miner writes its own."
         raise TypeError(f"{type(self).__name__} must define mine(sim_BN, pos_BN, neg_BN).")
@@ -52,6 +56,7 @@ class PairMiner(Miner):
 # %% ../../nbs/40_losses/02_miners.ipynb #b18589ff
 class TripletMiner(Miner):
     "Base of the miners that name triplets."
+
     def triplets(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "The rule; each miner writes its own."
         raise TypeError(f"{type(self).__name__} must define triplets(sim_BN, pos_BN, neg_BN).")
@@ -61,13 +66,15 @@ class TripletMiner(Miner):
         return self.triplets(sim_BN, pos_BN, neg_BN)
 
 # %% ../../nbs/40_losses/02_miners.ipynb #0664477e
-def slack_mining(sim_BN: Tensor, # (B, N) similarities
-                 pos_BN: Tensor, # (B, N) boolean mask of positives
-                 neg_BN: Tensor, # (B, N) boolean mask of negatives
-                 eps: float = .1, # slack ε
-                ) -> tuple[Tensor, Tensor]: # (B, N) masks of the pairs kept
+def slack_mining(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    eps: float = 0.1,  # slack ε
+) -> tuple[Tensor, Tensor]:  # (B, N) masks of the pairs kept
     "Positives below the nearest negative plus ε, negatives above the farthest positive minus ε."
-    if not sim_BN.numel(): return pos_BN, neg_BN
+    if not sim_BN.numel():
+        return pos_BN, neg_BN
     nearest_neg = sim_BN.masked_fill(~neg_BN, -torch.inf).amax(1, keepdim=True)
     farthest_pos = sim_BN.masked_fill(~pos_BN, torch.inf).amin(1, keepdim=True)
     pos_BN = pos_BN & (sim_BN - eps < nearest_neg)
@@ -78,8 +85,11 @@ def slack_mining(sim_BN: Tensor, # (B, N) similarities
 # %% ../../nbs/40_losses/02_miners.ipynb #3a88d1a5
 class MultiSimilarityMiner(PairMiner):
     "Pairs that are hard compared with the other kind (Wang et al., CVPR 2019)."
-    def __init__(self, eps: float = .1 # slack ε
-                ):
+
+    def __init__(
+        self,
+        eps: float = 0.1,  # slack ε
+    ):
         super().__init__()
         check_at_least(eps=(eps, 0))
         self.eps = eps
@@ -91,38 +101,45 @@ class MultiSimilarityMiner(PairMiner):
 # %% ../../nbs/40_losses/02_miners.ipynb #7dd8b638
 class NotTooHardMiner(PairMiner):
     "Negatives farther than the nearest positive, positives nearer than the farthest negative (Deep_Metric's SemiHard)."
+
     def mine(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> tuple[Tensor, Tensor]:
         "Both masks, thinned out."
-        return slack_mining(-sim_BN, pos_BN, neg_BN, 0.)
+        return slack_mining(-sim_BN, pos_BN, neg_BN, 0.0)
 
 # %% ../../nbs/40_losses/02_miners.ipynb #895e5a86
-def highest(value_BN: Tensor, # (B, N) numbers
-            mask_BN: Tensor, # (B, N) boolean: which take part
-           ) -> tuple[Tensor, Tensor, Tensor]: # (B,) the highest number, (B,) its column, (B,) whether there is any
+def highest(
+    value_BN: Tensor,  # (B, N) numbers
+    mask_BN: Tensor,  # (B, N) boolean: which take part
+) -> tuple[Tensor, Tensor, Tensor]:  # (B,) the highest number, (B,) its column, (B,) whether there is any
     "The highest number of each row among those in the mask."
-    if not value_BN.shape[1]: value_BN, mask_BN = pad(value_BN, (0, 1)), pad(mask_BN, (0, 1))
+    if not value_BN.shape[1]:
+        value_BN, mask_BN = pad(value_BN, (0, 1)), pad(mask_BN, (0, 1))
     best, column = value_BN.masked_fill(~mask_BN, -torch.inf).max(1)
     return best, column, mask_BN.any(1)
 
 # %% ../../nbs/40_losses/02_miners.ipynb #fa1547c0
 class HardMiner(TripletMiner):
     "Farthest positive and nearest negative of each anchor (Hermans et al. 2017)."
+
     def triplets(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "At most one triplet for each anchor."
         _, p, some_p = highest(-sim_BN, pos_BN)
         _, n, some_n = highest(sim_BN, neg_BN)
-        a, = (some_p & some_n).nonzero(as_tuple=True)
+        (a,) = (some_p & some_n).nonzero(as_tuple=True)
         return a, p[a], n[a]
 
 # %% ../../nbs/40_losses/02_miners.ipynb #7a7efd7c
 class EasyPositiveMiner(TripletMiner):
     "Nearest positive, with the nearest or a semi-hard negative (Xuan et al., WACV 2020)."
-    def __init__(self,
-                 negative: str = "semihard", # "hard": the nearest; "semihard": the nearest that is not closer than the positive
-                 copy_sim: float = .9999, # positives above this similarity are copies of the anchor
-                ):
+
+    def __init__(
+        self,
+        negative: str = "semihard",  # "hard": the nearest; "semihard": the nearest that is not closer than the positive
+        copy_sim: float = 0.9999,  # positives above this similarity are copies of the anchor
+    ):
         super().__init__()
-        if negative not in ("hard", "semihard"): raise unknown("negative", negative, ("hard", "semihard"))
+        if negative not in ("hard", "semihard"):
+            raise unknown("negative", negative, ("hard", "semihard"))
         check_at_least(copy_sim=(copy_sim, -1))
         self.negative, self.copy_sim = negative, copy_sim
 
@@ -130,12 +147,15 @@ class EasyPositiveMiner(TripletMiner):
         "At most one triplet for each anchor."
         easy_B, p, some_p = highest(sim_BN, pos_BN & (sim_BN <= self.copy_sim))
         _, n, some_n = highest(sim_BN, neg_BN & (sim_BN <= easy_B[:, None]) if self.negative == "semihard" else neg_BN)
-        a, = (some_p & some_n).nonzero(as_tuple=True)
+        (a,) = (some_p & some_n).nonzero(as_tuple=True)
         return a, p[a], n[a]
 
 # %% ../../nbs/40_losses/02_miners.ipynb #3b5f7c37
-def positive_slots(pos_BN: Tensor # (B, N) boolean mask of positives
-                  ) -> tuple[Tensor, Tensor]: # (B, P) columns of the positives, (B, P) boolean: slot in use; P is the largest number of positives
+def positive_slots(
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+) -> tuple[
+    Tensor, Tensor
+]:  # (B, P) columns of the positives, (B, P) boolean: slot in use; P is the largest number of positives
     "The positives of every anchor, packed to the left."
     a, p = pos_BN.nonzero(as_tuple=True)
     count_B = pos_BN.sum(1)
@@ -147,38 +167,46 @@ def positive_slots(pos_BN: Tensor # (B, N) boolean mask of positives
 # %% ../../nbs/40_losses/02_miners.ipynb #849837b2
 RULES = "facenet", "tf", "hardest", "random"
 
-def negative_range(rule: str, # one of `RULES`
-                   neg_BN: Tensor, # (B, N) negative similarities in ascending order, infinity at the end
-                   count_B1: Tensor, # (B, 1) number of negatives
-                   pos_BP: Tensor, # (B, P) positive similarities
-                   floor_BP: Tensor, # (B, P) negatives above this have a loss
-                  ) -> tuple[Tensor, Tensor]: # (B, P) first and past-the-end position
+
+def negative_range(
+    rule: str,  # one of `RULES`
+    neg_BN: Tensor,  # (B, N) negative similarities in ascending order, infinity at the end
+    count_B1: Tensor,  # (B, 1) number of negatives
+    pos_BP: Tensor,  # (B, P) positive similarities
+    floor_BP: Tensor,  # (B, P) negatives above this have a loss
+) -> tuple[Tensor, Tensor]:  # (B, P) first and past-the-end position
     "Where in the sorted negatives a rule may pick."
     lo, hi = torch.searchsorted(neg_BN, floor_BP, right=True), torch.searchsorted(neg_BN, pos_BP)
-    if rule == "facenet": return lo, hi
-    if rule == "tf": return (hi - 1).clamp_min(0), hi.clamp_min(1)
+    if rule == "facenet":
+        return lo, hi
+    if rule == "tf":
+        return (hi - 1).clamp_min(0), hi.clamp_min(1)
     end = count_B1.expand_as(lo)
     return (lo if rule == "random" else torch.maximum(lo, end - 1)), end
 
 # %% ../../nbs/40_losses/02_miners.ipynb #b586cbcd
-def floor_similarity(pos: Tensor, # similarities of positives
-                     margin: float, # m
-                     squared: bool, # whether distances are squared
-                    ) -> Tensor: # shape of `pos`
+def floor_similarity(
+    pos: Tensor,  # similarities of positives
+    margin: float,  # m
+    squared: bool,  # whether distances are squared
+) -> Tensor:  # shape of `pos`
     "The similarity above which a negative has a triplet loss."
-    return pos - margin/2 if squared else 1 - ((2 - 2*pos).clamp_min(0).sqrt() + margin)**2/2
+    return pos - margin / 2 if squared else 1 - ((2 - 2 * pos).clamp_min(0).sqrt() + margin) ** 2 / 2
 
 # %% ../../nbs/40_losses/02_miners.ipynb #aaf11c79
 class SemiHardMiner(TripletMiner):
     "For each positive pair a negative inside the margin (FaceNet 2015), or by another of the `RULES`."
-    def __init__(self,
-                 margin: float = .2, # m
-                 rule: str = "facenet", # one of `RULES`
-                 squared: bool = True, # squared distances
-                 fallback: bool = False, # where the rule finds nothing, use "tf"
-                ):
+
+    def __init__(
+        self,
+        margin: float = 0.2,  # m
+        rule: str = "facenet",  # one of `RULES`
+        squared: bool = True,  # squared distances
+        fallback: bool = False,  # where the rule finds nothing, use "tf"
+    ):
         super().__init__()
-        if rule not in RULES: raise unknown("rule", rule, RULES)
+        if rule not in RULES:
+            raise unknown("rule", rule, RULES)
         check_at_least(margin=(margin, 0))
         self.margin, self.rule, self.squared, self.fallback = margin, rule, squared, fallback
 
@@ -194,78 +222,106 @@ def triplets(self: SemiHardMiner, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor
     pos_BP = sim_BN.gather(1, index_BP)
     where = sorted_BN, neg_BN.sum(1, keepdim=True), pos_BP, floor_similarity(pos_BP, self.margin, self.squared)
     lo, hi = negative_range(self.rule, *where)
-    if self.fallback: lo, hi = (torch.where(hi > lo, *both) for both in zip((lo, hi), negative_range("tf", *where)))
+    if self.fallback:
+        lo, hi = (torch.where(hi > lo, *both) for both in zip((lo, hi), negative_range("tf", *where)))
     pick = lo + (torch.rand(lo.shape, device=lo.device) * (hi - lo)).long()
     a, slot = (used_BP & (hi > lo) & neg_BN.any(1, keepdim=True)).nonzero(as_tuple=True)
     return a, index_BP[a, slot], order_BN[a, pick.minimum(hi - 1)[a, slot]]
 
 # %% ../../nbs/40_losses/02_miners.ipynb #842fdc60
-def distance_weights(sim_BN: Tensor, # (B, N) similarities
-                     neg_BN: Tensor, # (B, N) boolean mask of negatives
-                     embedding_size: int, # D, the dimension of the sphere
-                     near: float = .5, # smaller distances count as this
-                     far: float | None = 1.4, # from this distance on weight 0; None: no limit
-                    ) -> Tensor: # (B, N) weights, the largest of each row is 1
+def distance_weights(
+    sim_BN: Tensor,  # (B, N) similarities
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    embedding_size: int,  # D, the dimension of the sphere
+    near: float = 0.5,  # smaller distances count as this
+    far: float | None = 1.4,  # from this distance on weight 0; None: no limit
+) -> Tensor:  # (B, N) weights, the largest of each row is 1
     "How likely each negative is to be drawn, up to a factor for each row."
-    if not sim_BN.numel(): return sim_BN
-    sq_BN = (2 - 2*sim_BN).clamp(near**2, 4 - 1e-5)
-    log_BN = (1 - embedding_size/2) * sq_BN.log() - (embedding_size - 3)/2 * (-sq_BN/4).log1p()
+    if not sim_BN.numel():
+        return sim_BN
+    sq_BN = (2 - 2 * sim_BN).clamp(near**2, 4 - 1e-5)
+    log_BN = (1 - embedding_size / 2) * sq_BN.log() - (embedding_size - 3) / 2 * (-sq_BN / 4).log1p()
     keep_BN = neg_BN if far is None else neg_BN & (sq_BN < far**2)
     none_B1 = ~keep_BN.any(1, keepdim=True)
-    log_BN = log_BN.masked_fill(none_B1, 0.).masked_fill(~torch.where(none_B1, neg_BN, keep_BN), torch.finfo(sim_BN.dtype).min)
+    log_BN = log_BN.masked_fill(none_B1, 0.0).masked_fill(
+        ~torch.where(none_B1, neg_BN, keep_BN), torch.finfo(sim_BN.dtype).min
+    )
     return (log_BN - log_BN.amax(1, keepdim=True)).exp() * neg_BN
 
 # %% ../../nbs/40_losses/02_miners.ipynb #67fcc808
-def draw_columns(weight_BN: Tensor, # (B, N) weights, not negative
-                 draws: int, # P
-                ) -> Tensor: # (B, P) columns
+def draw_columns(
+    weight_BN: Tensor,  # (B, N) weights, not negative
+    draws: int,  # P
+) -> Tensor:  # (B, P) columns
     "Draw columns of each row with replacement, in proportion to the weights."
     total_BN = weight_BN.cumsum(1)
     height_BP = 1 - torch.rand(len(weight_BN), draws, device=weight_BN.device)
-    return torch.searchsorted(total_BN, height_BP.to(weight_BN.dtype) * total_BN[:, -1:]).clamp_max(weight_BN.shape[1] - 1)
+    return torch.searchsorted(total_BN, height_BP.to(weight_BN.dtype) * total_BN[:, -1:]).clamp_max(
+        weight_BN.shape[1] - 1
+    )
 
 # %% ../../nbs/40_losses/02_miners.ipynb #1471177e
 class DistanceWeightedMiner(TripletMiner):
     "For each positive pair a negative drawn evenly over distances (Wu et al., ICCV 2017)."
-    dimension: int | None = None # D of the latest call, noted by the miner's own call and by that of a loss
-    def __init__(self,
-                 embedding_size: int | None = None, # D; None: that of the call, as similarities alone do not tell it
-                 near: float = .5, # smaller distances count as this
-                 far: float | None = 1.4, # from this distance on a negative is not drawn; None: no limit
-                 one_per_anchor: bool = False, # one random positive for each anchor, as in the MS and CBML repositories
-                ):
+
+    dimension: int | None = None  # D of the latest call, noted by the miner's own call and by that of a loss
+
+    def __init__(
+        self,
+        embedding_size: int | None = None,  # D; None: that of the call, as similarities alone do not tell it
+        near: float = 0.5,  # smaller distances count as this
+        far: float | None = 1.4,  # from this distance on a negative is not drawn; None: no limit
+        one_per_anchor: bool = False,  # one random positive for each anchor, as in the MS and CBML repositories
+    ):
         super().__init__()
-        if embedding_size is not None: check_whole(embedding_size=(embedding_size, 2))
+        if embedding_size is not None:
+            check_whole(embedding_size=(embedding_size, 2))
         check_at_least(near=(near, 1e-3), far=(2 if far is None else far, near))
         self.embedding_size, self.near, self.far, self.one_per_anchor = embedding_size, near, far, one_per_anchor
 
 # %% ../../nbs/40_losses/02_miners.ipynb #d9f78f17
 @patch
-def triplets(self: DistanceWeightedMiner, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def triplets(
+    self: DistanceWeightedMiner, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     "One triplet for each ordered positive pair, or for each anchor."
     size = self.embedding_size or self.dimension
     if size is None:
-        raise ValueError("distance-weighted sampling needs the size of the embeddings: call the loss or the miner itself, or pass embedding_size.")
+        raise ValueError(
+            "distance-weighted sampling needs the size of the embeddings: call the loss or the miner itself, or pass embedding_size."
+        )
     index_BP, used_BP = positive_slots(pos_BN)
-    if self.one_per_anchor: index_BP, used_BP = draw_columns(pos_BN.to(sim_BN.dtype), 1), used_BP[:, :1]
+    if self.one_per_anchor:
+        index_BP, used_BP = draw_columns(pos_BN.to(sim_BN.dtype), 1), used_BP[:, :1]
     drawn_BP = draw_columns(distance_weights(sim_BN, neg_BN, size, self.near, self.far), index_BP.shape[1])
     a, slot = (used_BP & neg_BN.any(1, keepdim=True)).nonzero(as_tuple=True)
     return a, index_BP[a, slot], drawn_BP[a, slot]
 
 # %% ../../nbs/40_losses/02_miners.ipynb #91bd6552
-_miners = dict(multi_similarity=MultiSimilarityMiner, not_too_hard=NotTooHardMiner, hard=HardMiner,
-               easy_positive=EasyPositiveMiner, semi_hard=SemiHardMiner, distance_weighted=DistanceWeightedMiner)
+_miners = dict(
+    multi_similarity=MultiSimilarityMiner,
+    not_too_hard=NotTooHardMiner,
+    hard=HardMiner,
+    easy_positive=EasyPositiveMiner,
+    semi_hard=SemiHardMiner,
+    distance_weighted=DistanceWeightedMiner,
+)
 
-def list_miners() -> list[str]: # names in alphabetical order
+
+def list_miners() -> list[str]:  # names in alphabetical order
     "Every name that `create_miner` knows."
     return sorted(_miners)
 
-def create_miner(name: str, # one of `list_miners()`
-                 **params, # the miner's own parameters
-                ) -> Miner: # ready for `miner=` of a pair loss
+
+def create_miner(
+    name: str,  # one of `list_miners()`
+    **params,  # the miner's own parameters
+) -> Miner:  # ready for `miner=` of a pair loss
     "Build a miner by name."
-    if name not in _miners: raise unknown("miner", name, _miners)
+    if name not in _miners:
+        raise unknown("miner", name, _miners)
     takes = signature(_miners[name]).parameters
     for key in params:
-        if key not in takes: raise unknown(f"parameter of the miner {name!r}", key, takes)
+        if key not in takes:
+            raise unknown(f"parameter of the miner {name!r}", key, takes)
     return _miners[name](**params)

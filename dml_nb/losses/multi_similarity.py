@@ -10,47 +10,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..core.similarity import log1p_sum_exp, masked_logsumexp, unknown
 from .base import check_at_least, register
 from .contrastive import SlackPairLoss, check_own_mining, equal_shares, from_gradient
 from .pair_base import PairLoss
-from ..core.similarity import log1p_sum_exp, masked_logsumexp, unknown
 
 # %% ../../nbs/40_losses/07_multi_similarity.ipynb #ea59aa4c
-def soft_shares(u: Tensor, # exponents
-                total: Tensor, # log of the denominator, one for each last-dimension row of `u`
-                mask: Tensor, # boolean, shape of `u`: what takes part
-               ) -> Tensor: # shape of `u`, 0 outside the mask
+def soft_shares(
+    u: Tensor,  # exponents
+    total: Tensor,  # log of the denominator, one for each last-dimension row of `u`
+    mask: Tensor,  # boolean, shape of `u`: what takes part
+) -> Tensor:  # shape of `u`, 0 outside the mask
     "exp(u) over its denominator."
-    return torch.where(mask, (u - total.unsqueeze(-1)).exp(), 0.)
+    return torch.where(mask, (u - total.unsqueeze(-1)).exp(), 0.0)
 
 # %% ../../nbs/40_losses/07_multi_similarity.ipynb #94afb570
 @torch.no_grad()
-def multi_similarity(sim_BN: Tensor, # (B, N) similarities
-                     pos_BN: Tensor, # (B, N) boolean mask of (mined) positives
-                     neg_BN: Tensor, # (B, N) boolean mask of (mined) negatives
-                     alpha: float = 2., # slope on positives
-                     beta: float = 50., # slope on negatives
-                     base: float = .5, # threshold λ
-                    ) -> tuple[Tensor, Tensor]: # (B,) values, (B, N) gradient of their sum
+def multi_similarity(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of (mined) positives
+    neg_BN: Tensor,  # (B, N) boolean mask of (mined) negatives
+    alpha: float = 2.0,  # slope on positives
+    beta: float = 50.0,  # slope on negatives
+    base: float = 0.5,  # threshold λ
+) -> tuple[Tensor, Tensor]:  # (B,) values, (B, N) gradient of their sum
     "Both terms of each anchor and the weights of its pairs."
-    pull_BN, push_BN = -alpha*(sim_BN - base), beta*(sim_BN - base)
+    pull_BN, push_BN = -alpha * (sim_BN - base), beta * (sim_BN - base)
     pull_B, push_B = log1p_sum_exp(pull_BN, pos_BN), log1p_sum_exp(push_BN, neg_BN)
-    return pull_B/alpha + push_B/beta, soft_shares(push_BN, push_B, neg_BN) - soft_shares(pull_BN, pull_B, pos_BN)
+    return pull_B / alpha + push_B / beta, soft_shares(push_BN, push_B, neg_BN) - soft_shares(pull_BN, pull_B, pos_BN)
 
 # %% ../../nbs/40_losses/07_multi_similarity.ipynb #82c3a0e2
-@register("multi_similarity", official_code=dict(beta=40., self_eps=1e-5))
+@register("multi_similarity", official_code=dict(beta=40.0, self_eps=1e-5))
 class MultiSimilarityLoss(SlackPairLoss):
     "Multi-Similarity (Wang et al., CVPR 2019): slack mining, then soft weights."
-    def __init__(self,
-                 alpha: float = 2., # slope on positives
-                 beta: float = 50., # slope on negatives
-                 base: float = .5, # threshold λ
-                 mining_eps: float | None = .1, # slack ε of the mining; None: no mining
-                 miner: nn.Module | None = None, # takes the place of the slack mining
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    def __init__(
+        self,
+        alpha: float = 2.0,  # slope on positives
+        beta: float = 50.0,  # slope on negatives
+        base: float = 0.5,  # threshold λ
+        mining_eps: float | None = 0.1,  # slack ε of the mining; None: no mining
+        miner: nn.Module | None = None,  # takes the place of the slack mining
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         check_at_least(alpha=(alpha, 1e-4), beta=(beta, 1e-4), base=(base, -1))
-        if mining_eps is not None: check_own_mining(True, miner, mining_eps=mining_eps)
+        if mining_eps is not None:
+            check_own_mining(True, miner, mining_eps=mining_eps)
         super().__init__(mining_eps, miner, self_eps)
         self.alpha, self.beta, self.base = alpha, beta, base
 
@@ -61,34 +66,40 @@ class MultiSimilarityLoss(SlackPairLoss):
 
 # %% ../../nbs/40_losses/07_multi_similarity.ipynb #e30ef3d3
 @torch.no_grad()
-def circle(sim_BN: Tensor, # (B, N) similarities
-           pos_BN: Tensor, # (B, N) boolean mask of positives
-           neg_BN: Tensor, # (B, N) boolean mask of negatives
-           m: float = .4, # relaxation
-           gamma: float = 80., # sharpness
-          ) -> tuple[Tensor, Tensor]: # (B,) arguments u of the softplus, (B, N) their gradient
+def circle(
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    m: float = 0.4,  # relaxation
+    gamma: float = 80.0,  # sharpness
+) -> tuple[Tensor, Tensor]:  # (B,) arguments u of the softplus, (B, N) their gradient
     "How far each anchor is outside the circle, times γ."
-    pace_p, pace_n = gamma*(1 + m - sim_BN).relu(), gamma*(sim_BN + m).relu()
-    pull_BN, push_BN = pace_p*(1 - m - sim_BN), pace_n*(sim_BN - m)
+    pace_p, pace_n = gamma * (1 + m - sim_BN).relu(), gamma * (sim_BN + m).relu()
+    pull_BN, push_BN = pace_p * (1 - m - sim_BN), pace_n * (sim_BN - m)
     pull_B, push_B = masked_logsumexp(pull_BN, pos_BN), masked_logsumexp(push_BN, neg_BN)
-    return pull_B + push_B, pace_n*soft_shares(push_BN, push_B, neg_BN) - pace_p*soft_shares(pull_BN, pull_B, pos_BN)
+    return pull_B + push_B, pace_n * soft_shares(push_BN, push_B, neg_BN) - pace_p * soft_shares(
+        pull_BN, pull_B, pos_BN
+    )
 
 # %% ../../nbs/40_losses/07_multi_similarity.ipynb #c3ec9e8c
-@register("circle", face=dict(m=.25, gamma=256.))
+@register("circle", face=dict(m=0.25, gamma=256.0))
 class CircleLoss(PairLoss):
     "Circle loss (Sun et al., CVPR 2020) per anchor or over the whole batch."
-    exact_gradient = False # the weights α count as constants
 
-    def __init__(self,
-                 m: float = .4, # relaxation
-                 gamma: float = 80., # sharpness
-                 scope: str = "anchor", # "anchor": a softplus for each; "batch": one for all pairs
-                 miner: nn.Module | None = None, # None: all pairs
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+    exact_gradient = False  # the weights α count as constants
+
+    def __init__(
+        self,
+        m: float = 0.4,  # relaxation
+        gamma: float = 80.0,  # sharpness
+        scope: str = "anchor",  # "anchor": a softplus for each; "batch": one for all pairs
+        miner: nn.Module | None = None,  # None: all pairs
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         super().__init__(miner, self_eps)
         check_at_least(m=(m, 0), gamma=(gamma, 1e-4))
-        if scope not in ("anchor", "batch"): raise unknown("scope", scope, ("anchor", "batch"))
+        if scope not in ("anchor", "batch"):
+            raise unknown("scope", scope, ("anchor", "batch"))
         self.m, self.gamma, self.scope = m, gamma, scope
 
 # %% ../../nbs/40_losses/07_multi_similarity.ipynb #951fe0bd
@@ -99,10 +110,12 @@ from fastcore.basics import patch
 def pairs(self: CircleLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:
     "Mean over the anchors above 0, or one softplus for the batch."
     if self.scope == "batch":
-        if self.in_batch and len(sim_BN) == sim_BN.shape[1]: pos_BN, neg_BN = (pos_BN | pos_BN.T).triu(), (neg_BN | neg_BN.T).triu()
+        if self.in_batch and len(sim_BN) == sim_BN.shape[1]:
+            pos_BN, neg_BN = (pos_BN | pos_BN.T).triu(), (neg_BN | neg_BN.T).triu()
         sim_BN, pos_BN, neg_BN = (table.reshape(1, -1) for table in (sim_BN, pos_BN, neg_BN))
     u_B, grad_BN = circle(sim_BN, pos_BN, neg_BN, self.m, self.gamma)
     value_B = softplus(u_B, threshold=50)
     share_B = equal_shares(value_B > 0, value_B)
-    if self.scope == "anchor": self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
-    return from_gradient(sim_BN, (value_B*share_B).sum(), grad_BN * (u_B.sigmoid()*share_B)[:, None])
+    if self.scope == "anchor":
+        self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
+    return from_gradient(sim_BN, (value_B * share_B).sum(), grad_BN * (u_B.sigmoid() * share_B)[:, None])

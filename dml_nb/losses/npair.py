@@ -13,35 +13,41 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
+from ..core.similarity import log1p_sum_exp, match_masks, unit, unknown
 from .base import DMLLoss, check_at_least, register
 from .pair_base import check_indices, to_masks
 from .tuplet_margin import pair_mean, tuplet_margin
-from ..core.similarity import log1p_sum_exp, match_masks, unit, unknown
 
 # %% ../../nbs/40_losses/15_npair.ipynb #764850ba
-def run_starts(sorted_P: Tensor, # (P,) sorted labels
-              ) -> Tensor: # (P,) boolean: here a new class begins
+def run_starts(
+    sorted_P: Tensor,  # (P,) sorted labels
+) -> Tensor:  # (P,) boolean: here a new class begins
     "Where the runs of equal labels begin."
     return torch.cat([sorted_P[:1] == sorted_P[:1], sorted_P[1:] != sorted_P[:-1]])
 
 # %% ../../nbs/40_losses/15_npair.ipynb #b096e329
-def draw_pairs(labels: Tensor, # (B,) class ids
-               random: bool = True, # False: the first two samples of each class
-              ) -> tuple[Tensor, Tensor]: # (C,) indices of anchors and of positives, C classes with two or more images
+def draw_pairs(
+    labels: Tensor,  # (B,) class ids
+    random: bool = True,  # False: the first two samples of each class
+) -> tuple[Tensor, Tensor]:  # (C,) indices of anchors and of positives, C classes with two or more images
     "One ordered positive pair for each class."
-    order = torch.randperm(len(labels), device=labels.device) if random else torch.arange(len(labels), device=labels.device)
+    order = (
+        torch.randperm(len(labels), device=labels.device) if random else torch.arange(len(labels), device=labels.device)
+    )
     order = order[labels[order].argsort(stable=True)]
     starts = run_starts(labels[order])
     first = (starts[:-1] & ~starts[1:]).nonzero()[:, 0]
     return order[first], order[first + 1]
 
 # %% ../../nbs/40_losses/15_npair.ipynb #dcf1b2ef
-def class_pairs(labels: Tensor, # (B,) class ids
-                how: str = "random", # "random" or "first": how a class chooses its pair
-                indices: tuple[Tensor, ...] | None = None, # (a, p, ...): choose the first pair of each class from these
-               ) -> tuple[Tensor, Tensor]: # (C,) indices of anchors and of positives
+def class_pairs(
+    labels: Tensor,  # (B,) class ids
+    how: str = "random",  # "random" or "first": how a class chooses its pair
+    indices: tuple[Tensor, ...] | None = None,  # (a, p, ...): choose the first pair of each class from these
+) -> tuple[Tensor, Tensor]:  # (C,) indices of anchors and of positives
     "One pair for each class: drawn, or the first given."
-    if indices is None: return draw_pairs(labels, how == "random")
+    if indices is None:
+        return draw_pairs(labels, how == "random")
     check_indices(indices, (len(labels), len(labels)), (2, 3, 4))
     anchors, positives = indices[:2]
     order = labels[anchors].argsort(stable=True)
@@ -49,22 +55,25 @@ def class_pairs(labels: Tensor, # (B,) class ids
     return anchors[keep], positives[keep]
 
 # %% ../../nbs/40_losses/15_npair.ipynb #ed8ee7db
-def npair(anchors_CD: Tensor, # (C, D) one anchor a class
-          positives_CD: Tensor, # (C, D) its positive
-         ) -> Tensor: # scalar
+def npair(
+    anchors_CD: Tensor,  # (C, D) one anchor a class
+    positives_CD: Tensor,  # (C, D) its positive
+) -> Tensor:  # scalar
     "N-pair without regulariser: cross-entropy with the positives as classifier (Sohn 2016)."
     return cross_entropy(anchors_CD @ positives_CD.T, torch.arange(len(anchors_CD), device=anchors_CD.device))
+
 
 def mean_squares(anchors_CD: Tensor, positives_CD: Tensor) -> Tensor:
     "Mean over the pairs of the squared norms of both members."
     return (anchors_CD.square() + positives_CD.square()).sum(1).mean()
 
 # %% ../../nbs/40_losses/15_npair.ipynb #d47b17da
-def take_pairs(embeddings: Tensor, # (B, D)
-               anchors: Tensor, # (C,) indices
-               positives: Tensor, # (C,) indices
-               normalize: bool, # True: unit vectors
-              ) -> tuple[Tensor, Tensor]: # (C, D) anchors and positives
+def take_pairs(
+    embeddings: Tensor,  # (B, D)
+    anchors: Tensor,  # (C,) indices
+    positives: Tensor,  # (C,) indices
+    normalize: bool,  # True: unit vectors
+) -> tuple[Tensor, Tensor]:  # (C, D) anchors and positives
     "The embeddings of pairs."
     both_2CD = embeddings.index_select(0, torch.cat([anchors, positives]))
     return (unit(both_2CD) if normalize else both_2CD).chunk(2)
@@ -72,18 +81,27 @@ def take_pairs(embeddings: Tensor, # (B, D)
 # %% ../../nbs/40_losses/15_npair.ipynb #8f0591fe
 PAIRS = ("random", "first")
 
-@register("npair", cbml_repo=dict(normalize=True), tensorflow=dict(l2=5e-4), proxy_anchor_repo=dict(l2=0., pairs="first"),
-          pml=dict(l2=0., pairs="first", normalize=True))
+
+@register(
+    "npair",
+    cbml_repo=dict(normalize=True),
+    tensorflow=dict(l2=5e-4),
+    proxy_anchor_repo=dict(l2=0.0, pairs="first"),
+    pml=dict(l2=0.0, pairs="first", normalize=True),
+)
 class NPairLoss(DMLLoss):
     "N-pair (Sohn, NIPS 2016) on raw inner products, with one pair a class."
-    def __init__(self,
-                 l2: float = .02, # λ, weight of the mean squared norms
-                 normalize: bool = False, # True: unit vectors
-                 pairs: str = "random", # "random" or "first": the pair of a class
-                ):
+
+    def __init__(
+        self,
+        l2: float = 0.02,  # λ, weight of the mean squared norms
+        normalize: bool = False,  # True: unit vectors
+        pairs: str = "random",  # "random" or "first": the pair of a class
+    ):
         super().__init__()
         check_at_least(l2=(l2, 0))
-        if pairs not in PAIRS: raise unknown("choice of pairs", pairs, PAIRS)
+        if pairs not in PAIRS:
+            raise unknown("choice of pairs", pairs, PAIRS)
         self.l2, self.normalize, self.pairs, self.normalised = l2, normalize, pairs, normalize
 
 # %% ../../nbs/40_losses/15_npair.ipynb #41e8e0be
@@ -91,83 +109,102 @@ from fastcore.basics import patch
 
 # %% ../../nbs/40_losses/15_npair.ipynb #cfa4dc7e
 @patch
-def compute(self: NPairLoss,
-            embeddings: Tensor, # (B, D)
-            labels: Tensor, # (B,)
-            indices_tuple: tuple[Tensor, ...] | None = None, # (a, p, ...): use these positive pairs, the first of each class
-           ) -> Tensor: # scalar
+def compute(
+    self: NPairLoss,
+    embeddings: Tensor,  # (B, D)
+    labels: Tensor,  # (B,)
+    indices_tuple: tuple[Tensor, ...] | None = None,  # (a, p, ...): use these positive pairs, the first of each class
+) -> Tensor:  # scalar
     "Two classes with two images are the least that can be compared; with fewer the value is 0."
     a, p = class_pairs(labels, self.pairs, indices_tuple)
     self.active = len(a) if len(a) > 1 else 0
-    if not self.active: return (embeddings * 0).sum()
+    if not self.active:
+        return (embeddings * 0).sum()
     pair = take_pairs(embeddings, a, p, self.normalize)
-    return npair(*pair) + self.l2*mean_squares(*pair) if self.l2 else npair(*pair)
+    return npair(*pair) + self.l2 * mean_squares(*pair) if self.l2 else npair(*pair)
 
 # %% ../../nbs/40_losses/15_npair.ipynb #f074826c
-def angular(anchors_CD: Tensor, # (C, D) one anchor a class
-            positives_CD: Tensor, # (C, D) its positive; the positives of the others are its negatives
-            tan2: float = 1., # tan²α
-           ) -> Tensor: # scalar
+def angular(
+    anchors_CD: Tensor,  # (C, D) one anchor a class
+    positives_CD: Tensor,  # (C, D) its positive; the positives of the others are its negatives
+    tan2: float = 1.0,  # tan²α
+) -> Tensor:  # scalar
     "Angular loss with one pair a class (Wang et al. 2017)."
     others_CC = ~torch.eye(len(anchors_CD), dtype=torch.bool, device=anchors_CD.device)
-    push_CC = 4*tan2 * (anchors_CD + positives_CD) @ positives_CD.T
-    pull_C1 = 2*(1 + tan2) * (anchors_CD * positives_CD).sum(1, keepdim=True)
+    push_CC = 4 * tan2 * (anchors_CD + positives_CD) @ positives_CD.T
+    pull_C1 = 2 * (1 + tan2) * (anchors_CD * positives_CD).sum(1, keepdim=True)
     return log1p_sum_exp(push_CC - pull_C1, others_CC).mean()
 
 # %% ../../nbs/40_losses/15_npair.ipynb #60ce1b9a
-def angular_all(sim_BB: Tensor, # (B, B) cosines
-                pos_BB: Tensor, # (B, B) boolean mask of the positive pairs to use
-                neg_BB: Tensor, # (B, B) boolean mask of all pairs of different classes
-                tan2: float = 1., # tan²α, at most 7.6
-               ) -> Tensor: # scalar
+def angular_all(
+    sim_BB: Tensor,  # (B, B) cosines
+    pos_BB: Tensor,  # (B, B) boolean mask of the positive pairs to use
+    neg_BB: Tensor,  # (B, B) boolean mask of all pairs of different classes
+    tan2: float = 1.0,  # tan²α, at most 7.6
+) -> Tensor:  # scalar
     "Angular loss of all positive pairs against all negatives, by one matrix product."
     usable_BB = pos_BB & neg_BB.any(1)
-    u_BB = 4*tan2 * sim_BB
-    top_B = u_BB.detach().masked_fill(~neg_BB, -4*tan2).amax(1)
+    u_BB = 4 * tan2 * sim_BB
+    top_B = u_BB.detach().masked_fill(~neg_BB, -4 * tan2).amax(1)
     E_BB = (u_BB - top_B[:, None]).exp() * neg_BB.to(sim_BB)
     total_BB = torch.where(usable_BB, E_BB @ E_BB.T, 1).log() + top_B[:, None] + top_B
-    return pair_mean(softplus(total_BB - 2*(1 + tan2)*sim_BB, threshold=40), usable_BB)
+    return pair_mean(softplus(total_BB - 2 * (1 + tan2) * sim_BB, threshold=40), usable_BB)
 
 # %% ../../nbs/40_losses/15_npair.ipynb #f227412d
-@register("angular", cbml_repo=dict(weight=1., npair_weight=0., l2=.02), revisiting=dict(weight=1., npair_weight=2., l2=.005),
-          pml=dict(angle=40., weight=1., npair_weight=0., pairs="all"))
+@register(
+    "angular",
+    cbml_repo=dict(weight=1.0, npair_weight=0.0, l2=0.02),
+    revisiting=dict(weight=1.0, npair_weight=2.0, l2=0.005),
+    pml=dict(angle=40.0, weight=1.0, npair_weight=0.0, pairs="all"),
+)
 class AngularLoss(DMLLoss):
     "N-pair + λ angular (Wang et al., ICCV 2017) on unit vectors."
-    def __init__(self,
-                 angle: float = 45., # α in degrees, in (0, 70]
-                 weight: float = 2., # λ of the angular part
-                 npair_weight: float = 1., # weight of the N-pair part
-                 l2: float = 0., # weight of the mean squared norms; a constant on unit vectors
-                 pairs: str = "random", # "random" or "first" pair of each class, or "all"
-                 normalize: bool = True, # False: raw vectors, with one pair a class
-                ):
+
+    def __init__(
+        self,
+        angle: float = 45.0,  # α in degrees, in (0, 70]
+        weight: float = 2.0,  # λ of the angular part
+        npair_weight: float = 1.0,  # weight of the N-pair part
+        l2: float = 0.0,  # weight of the mean squared norms; a constant on unit vectors
+        pairs: str = "random",  # "random" or "first" pair of each class, or "all"
+        normalize: bool = True,  # False: raw vectors, with one pair a class
+    ):
         super().__init__()
-        check_at_least(angle=(angle, .1), weight=(weight, 0), npair_weight=(npair_weight, 0), l2=(l2, 0))
-        if angle > 70: raise ValueError(f"angle must be at most 70 degrees, got {angle}: the paper uses 36 to 55.")
-        if pairs not in (*PAIRS, "all"): raise unknown("choice of pairs", pairs, (*PAIRS, "all"))
-        if pairs == "all" and not normalize: raise ValueError("pairs='all' needs unit vectors: leave normalize=True or choose pairs='random'.")
-        self.tan2, self.weight, self.npair_weight, self.l2 = tan(radians(angle))**2, weight, npair_weight, l2
+        check_at_least(angle=(angle, 0.1), weight=(weight, 0), npair_weight=(npair_weight, 0), l2=(l2, 0))
+        if angle > 70:
+            raise ValueError(f"angle must be at most 70 degrees, got {angle}: the paper uses 36 to 55.")
+        if pairs not in (*PAIRS, "all"):
+            raise unknown("choice of pairs", pairs, (*PAIRS, "all"))
+        if pairs == "all" and not normalize:
+            raise ValueError("pairs='all' needs unit vectors: leave normalize=True or choose pairs='random'.")
+        self.tan2, self.weight, self.npair_weight, self.l2 = tan(radians(angle)) ** 2, weight, npair_weight, l2
         self.pairs, self.normalize, self.normalised = pairs, normalize, normalize
 
 # %% ../../nbs/40_losses/15_npair.ipynb #b68b3ac9
 @patch
-def compute(self: AngularLoss,
-            embeddings: Tensor, # (B, D)
-            labels: Tensor, # (B,)
-            indices_tuple: tuple[Tensor, ...] | None = None, # (a, p, ...): use these positive pairs; the negatives follow from the labels
-           ) -> Tensor: # scalar
+def compute(
+    self: AngularLoss,
+    embeddings: Tensor,  # (B, D)
+    labels: Tensor,  # (B,)
+    indices_tuple: tuple[Tensor, ...]
+    | None = None,  # (a, p, ...): use these positive pairs; the negatives follow from the labels
+) -> Tensor:  # scalar
     "The two parts and the regulariser, of one pair a class or of all pairs."
-    if self.pairs == "all": return self.compute_all(unit(embeddings), labels, indices_tuple)
+    if self.pairs == "all":
+        return self.compute_all(unit(embeddings), labels, indices_tuple)
     a, p = class_pairs(labels, self.pairs, indices_tuple)
     self.active = len(a) if len(a) > 1 else 0
-    if not self.active: return (embeddings * 0).sum()
+    if not self.active:
+        return (embeddings * 0).sum()
     pair = take_pairs(embeddings, a, p, self.normalize)
-    value = self.weight*angular(*pair, self.tan2) + self.l2*mean_squares(*pair)
-    return value + self.npair_weight*npair(*pair) if self.npair_weight else value
+    value = self.weight * angular(*pair, self.tan2) + self.l2 * mean_squares(*pair)
+    return value + self.npair_weight * npair(*pair) if self.npair_weight else value
 
 # %% ../../nbs/40_losses/15_npair.ipynb #454c8373
 @patch
-def compute_all(self: AngularLoss, embeddings: Tensor, labels: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor: # scalar
+def compute_all(
+    self: AngularLoss, embeddings: Tensor, labels: Tensor, indices: tuple[Tensor, ...] | None = None
+) -> Tensor:  # scalar
     "All positive pairs, or those of the index tuple, against all negatives; `embeddings` are unit vectors."
     sim_BB = embeddings @ embeddings.T
     pos_BB, neg_BB = match_masks(labels)
@@ -176,5 +213,5 @@ def compute_all(self: AngularLoss, embeddings: Tensor, labels: Tensor, indices: 
         pos_BB = to_masks((*indices[:2], *indices[:2]), sim_BB.shape, sim_BB.device)[0]
     usable_BB = pos_BB & neg_BB.any(1, keepdim=True)
     self.active = usable_BB.any(1).sum()
-    value = self.weight*angular_all(sim_BB, pos_BB, neg_BB, self.tan2) + 2*self.l2*usable_BB.any().to(sim_BB)
-    return value + self.npair_weight*tuplet_margin(sim_BB, pos_BB, neg_BB, 0, 1) if self.npair_weight else value
+    value = self.weight * angular_all(sim_BB, pos_BB, neg_BB, self.tan2) + 2 * self.l2 * usable_BB.any().to(sim_BB)
+    return value + self.npair_weight * tuplet_margin(sim_BB, pos_BB, neg_BB, 0, 1) if self.npair_weight else value

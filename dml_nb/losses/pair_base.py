@@ -9,27 +9,36 @@ __all__ = ['check_indices', 'to_masks', 'to_indices', 'PairLoss', 'pair_weights'
 import torch
 from torch import Tensor, nn
 
-from .base import DMLLoss, check_at_least
 from ..core.similarity import check_embeddings, check_labels, gram, match_masks, unit
+from .base import DMLLoss, check_at_least
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #2c0d14c5
-def check_indices(indices: tuple[Tensor, ...], # index vectors
-                  shape: tuple[int, int], # (B, N)
-                  parts: tuple[int, ...] = (3, 4), # how many vectors there may be
-                 ):
+def check_indices(
+    indices: tuple[Tensor, ...],  # index vectors
+    shape: tuple[int, int],  # (B, N)
+    parts: tuple[int, ...] = (3, 4),  # how many vectors there may be
+):
     "Raise `ValueError` unless these are index vectors of a (B, N) table."
     if len(indices) not in parts:
-        raise ValueError(f"an index tuple has 3 parts (a, p, n) or 4 parts (a1, p, a2, n), got {len(indices)}: return one of these from the miner.")
+        raise ValueError(
+            f"an index tuple has 3 parts (a, p, n) or 4 parts (a1, p, a2, n), got {len(indices)}: return one of these from the miner."
+        )
     for number, index in enumerate(indices):
-        kind, size = ("anchor", shape[0]) if number == 0 or (number, len(indices)) == (2, 4) else ("reference", shape[1])
+        kind, size = (
+            ("anchor", shape[0]) if number == 0 or (number, len(indices)) == (2, 4) else ("reference", shape[1])
+        )
         bad = [value for value in torch.stack(index.aminmax()).tolist() if not 0 <= value < size] if len(index) else []
-        if bad: raise ValueError(f"the index tuple names {kind} {bad[0]}, but there are {size}, counted from 0: mine the batch that the loss gets.")
+        if bad:
+            raise ValueError(
+                f"the index tuple names {kind} {bad[0]}, but there are {size}, counted from 0: mine the batch that the loss gets."
+            )
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #bae1e9c2
-def to_masks(indices: tuple[Tensor, ...], # (a1, p, a2, n) pairs or (a, p, n) triplets
-             shape: tuple[int, int], # (B, N)
-             device: torch.device | str = "cpu", # where the masks shall live
-            ) -> tuple[Tensor, Tensor]: # (B, N) boolean masks of positives and of negatives
+def to_masks(
+    indices: tuple[Tensor, ...],  # (a1, p, a2, n) pairs or (a, p, n) triplets
+    shape: tuple[int, int],  # (B, N)
+    device: torch.device | str = "cpu",  # where the masks shall live
+) -> tuple[Tensor, Tensor]:  # (B, N) boolean masks of positives and of negatives
     "Masks of the pairs that an index tuple names."
     check_indices(indices, shape)
     anchors, positives, *rest = indices
@@ -39,36 +48,46 @@ def to_masks(indices: tuple[Tensor, ...], # (a1, p, a2, n) pairs or (a, p, n) tr
     return pos, neg
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #79d9cf5a
-def to_indices(pos_BN: Tensor, # (B, N) boolean mask of positives
-               neg_BN: Tensor, # (B, N) boolean mask of negatives
-              ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # (a1, p, a2, n)
+def to_indices(
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (a1, p, a2, n)
     "The index tuple of two masks."
     return (*pos_BN.nonzero(as_tuple=True), *neg_BN.nonzero(as_tuple=True))
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #e09482fc
 class PairLoss(DMLLoss):
     "Base of the losses that are a function of similarities and matches."
-    in_batch: bool = True # the references of the latest call were the batch itself
-    def __init__(self,
-                 miner: nn.Module | str | None = None, # from `dml_nb.losses.miners`, or its name there; None: all pairs
-                 self_eps: float | None = None, # positives with similarity above 1 - self_eps are dropped
-                ):
+
+    in_batch: bool = True  # the references of the latest call were the batch itself
+
+    def __init__(
+        self,
+        miner: nn.Module | str | None = None,  # from `dml_nb.losses.miners`, or its name there; None: all pairs
+        self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
+    ):
         super().__init__()
         if isinstance(miner, str):
-            from dml_nb.losses.miners import create_miner # the miners stand on this module, so it cannot import them first
+            from dml_nb.losses.miners import (
+                create_miner,
+            )  # the miners stand on this module, so it cannot import them first
+
             miner = create_miner(miner)
         if miner is not None and not (hasattr(miner, "mine") or hasattr(miner, "triplets")):
             rest = "call other packages' miners yourself and pass indices_tuple"
-            raise ValueError(f"miner must have mine(sim, pos, neg) or triplets(sim, pos, neg), got {type(miner).__name__}: {rest}.")
-        if self_eps is not None: check_at_least(self_eps=(self_eps, 0))
+            raise ValueError(
+                f"miner must have mine(sim, pos, neg) or triplets(sim, pos, neg), got {type(miner).__name__}: {rest}."
+            )
+        if self_eps is not None:
+            check_at_least(self_eps=(self_eps, 0))
         self.miner, self.self_eps = miner, self_eps
 
-    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor: # (B, N)
+    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor:  # (B, N)
         "Cosine; a loss on raw vectors replaces it."
         anchors = unit(embeddings)
         return gram(anchors) if refs is embeddings else anchors @ unit(refs).T
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "The formula; each loss writes its own."
         raise TypeError(f"{type(self).__name__} must define pairs(sim_BN, pos_BN, neg_BN).")
 
@@ -77,15 +96,17 @@ from fastcore.basics import patch
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #843891e8
 @patch
-def compute(self: PairLoss,
-            embeddings: Tensor, # (B, D)
-            labels: Tensor, # (B,)
-            indices_tuple: tuple[Tensor, ...] | None = None, # (a1, p, a2, n) or (a, p, n): use these pairs only
-            ref_emb: Tensor | None = None, # (N, D) references; None: the batch
-            ref_labels: Tensor | None = None, # (N,)
-           ) -> Tensor: # scalar
+def compute(
+    self: PairLoss,
+    embeddings: Tensor,  # (B, D)
+    labels: Tensor,  # (B,)
+    indices_tuple: tuple[Tensor, ...] | None = None,  # (a1, p, a2, n) or (a, p, n): use these pairs only
+    ref_emb: Tensor | None = None,  # (N, D) references; None: the batch
+    ref_labels: Tensor | None = None,  # (N,)
+) -> Tensor:  # scalar
     "Similarities and masks, mined or given, then the formula."
-    if (ref_emb is None) != (ref_labels is None): raise ValueError("references need both ref_emb and ref_labels: pass the missing one.")
+    if (ref_emb is None) != (ref_labels is None):
+        raise ValueError("references need both ref_emb and ref_labels: pass the missing one.")
     if ref_emb is not None:
         check_embeddings(ref_emb, embeddings.shape[1])
         check_labels(ref_labels, len(ref_emb))
@@ -93,31 +114,38 @@ def compute(self: PairLoss,
             self.active = 0
             return embeddings.sum() * 0
     self.in_batch = ref_emb is None
-    if hasattr(self.miner, "dimension"): self.miner.dimension = embeddings.shape[1] # similarities do not tell it
+    if hasattr(self.miner, "dimension"):
+        self.miner.dimension = embeddings.shape[1]  # similarities do not tell it
     sim_BN = self.similarity(embeddings, embeddings if ref_emb is None else ref_emb.to(embeddings.dtype))
     pos_BN, neg_BN = match_masks(labels, ref_labels)
     return self.mined(sim_BN, pos_BN, neg_BN, indices_tuple)
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #12b8e787
 @patch
-def without_copies(self: PairLoss,
-                   sim_BN: Tensor, # (B, N) similarities
-                   pos_BN: Tensor, # (B, N) boolean mask of positives
-                  ) -> Tensor: # (B, N) boolean mask
+def without_copies(
+    self: PairLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+) -> Tensor:  # (B, N) boolean mask
     "The positives that are no copies of their anchor, if `self_eps` says what a copy is."
     return pos_BN if self.self_eps is None else pos_BN & (sim_BN < 1 - self.self_eps)
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #b42aacff
 @patch
-def mined(self: PairLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None) -> Tensor:
+def mined(
+    self: PairLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None
+) -> Tensor:
     "Apply the value filter and the index tuple or the miner, then the formula."
     pos_BN = self.without_copies(sim_BN, pos_BN)
     if indices is None and self.miner is not None:
-        if hasattr(self.miner, "triplets"): indices = self.miner.triplets(sim_BN.detach(), pos_BN, neg_BN)
-        else: pos_BN, neg_BN = self.miner.mine(sim_BN.detach(), pos_BN, neg_BN)
+        if hasattr(self.miner, "triplets"):
+            indices = self.miner.triplets(sim_BN.detach(), pos_BN, neg_BN)
+        else:
+            pos_BN, neg_BN = self.miner.mine(sim_BN.detach(), pos_BN, neg_BN)
     if indices is not None and len(indices) == 3 and hasattr(self, "triplets"):
         check_indices(indices, sim_BN.shape)
-        if self.self_eps is not None: indices = [part[sim_BN[indices[0], indices[1]] < 1 - self.self_eps] for part in indices]
+        if self.self_eps is not None:
+            indices = [part[sim_BN[indices[0], indices[1]] < 1 - self.self_eps] for part in indices]
         self.active = indices[0].unique().numel()
         return self.triplets(sim_BN, *indices)
     if indices is not None:
@@ -127,12 +155,13 @@ def mined(self: PairLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indice
     return self.pairs(sim_BN, pos_BN, neg_BN)
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #c2f91000
-def pair_weights(loss: PairLoss, # any pair loss
-                 sim_BN: Tensor, # (B, N) similarities
-                 pos_BN: Tensor, # (B, N) boolean mask of positives
-                 neg_BN: Tensor, # (B, N) boolean mask of negatives
-                ) -> Tensor: # (B, N) weights: above 0 where the loss pulls a positive or pushes a negative
+def pair_weights(
+    loss: PairLoss,  # any pair loss
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # (B, N) weights: above 0 where the loss pulls a positive or pushes a negative
     "How strongly a loss acts on each pair: the gradient by the similarities, signed so that acting rightly is positive."
     sim_BN = sim_BN.detach().clone().requires_grad_()
-    grad, = torch.autograd.grad(loss.mined(sim_BN, pos_BN, neg_BN), sim_BN)
+    (grad,) = torch.autograd.grad(loss.mined(sim_BN, pos_BN, neg_BN), sim_BN)
     return torch.where(pos_BN, -grad, grad)

@@ -9,79 +9,102 @@ __all__ = ['clean_probability', 'smooth_top_r', 'PrismLoss']
 from math import floor, nan
 
 import torch
-from torch import Tensor
 from fastcore.basics import patch
+from torch import Tensor
 
 from ..core.batch_memory import check_ids
+from ..core.similarity import check_embeddings, check_labels, gather, in_float32, own_rows, unit
 from .base import check_at_least, check_whole, register
 from .xbm import CrossBatchLoss
-from ..core.similarity import check_embeddings, check_labels, gather, in_float32, own_rows, unit
 
 # %% ../../nbs/40_losses/36_prism.ipynb #a80b3250
-def clean_probability(unit_BD: Tensor, # (B, D) unit embeddings
-                      labels: Tensor, # (B,) class ids
-                      centers: Tensor, # (C, D), 0 for a class without
-                      has_center: Tensor, # (C,) boolean
-                     ) -> Tensor: # (B,) 1 where the class has no centre
+def clean_probability(
+    unit_BD: Tensor,  # (B, D) unit embeddings
+    labels: Tensor,  # (B,) class ids
+    centers: Tensor,  # (C, D), 0 for a class without
+    has_center: Tensor,  # (C,) boolean
+) -> Tensor:  # (B,) 1 where the class has no centre
     "Probability that each label is right (Liu et al. 2021)."
     p_BC = (unit_BD @ centers.to(unit_BD.dtype).T).softmax(1)
-    return torch.where(has_center[labels], p_BC.gather(1, labels[:, None])[:, 0], 1.)
+    return torch.where(has_center[labels], p_BC.gather(1, labels[:, None])[:, 0], 1.0)
 
 # %% ../../nbs/40_losses/36_prism.ipynb #ff3a5fa2
-def smooth_top_r(p_B: Tensor, # (B,) probabilities; 1 means not judged
-                 window: Tensor, # (τ,) the latest values of ρ, newest last, NaN where there is none yet
-                 noise_rate: float, # R
-                ) -> tuple[Tensor, Tensor]: # (B,) boolean mask of what is kept, (τ,) the window after this batch
+def smooth_top_r(
+    p_B: Tensor,  # (B,) probabilities; 1 means not judged
+    window: Tensor,  # (τ,) the latest values of ρ, newest last, NaN where there is none yet
+    noise_rate: float,  # R
+) -> tuple[Tensor, Tensor]:  # (B,) boolean mask of what is kept, (τ,) the window after this batch
     "Keep what is above the mean of the latest ρ."
-    k = max(1, floor(noise_rate*len(p_B) + 1e-9))
+    k = max(1, floor(noise_rate * len(p_B) + 1e-9))
     lowest = p_B.topk(k, largest=False)
     rho = lowest.values.max().to(window.dtype)
     window = torch.where(rho < 1, torch.cat([window[1:], rho[None]]), window)
     keep_B = p_B > window.nanmean()
     survivors = keep_B.any()
-    alone = torch.full_like(window, nan).index_copy(0, torch.tensor([len(window) - 1], device=window.device), window[-1:])
+    alone = torch.full_like(window, nan).index_copy(
+        0, torch.tensor([len(window) - 1], device=window.device), window[-1:]
+    )
     dropped_B = torch.zeros_like(keep_B).index_fill(0, lowest.indices, True) & (p_B < 1)
     return torch.where(survivors, keep_B, ~dropped_B), torch.where(survivors, window, alone)
 
 # %% ../../nbs/40_losses/36_prism.ipynb #a4aea919
-@register("prism", cars98n=dict(memory_size=9500, window=30, noise_rate=.5))
+@register("prism", cars98n=dict(memory_size=9500, window=30, noise_rate=0.5))
 class PrismLoss(CrossBatchLoss):
     "PRISM (Liu et al., CVPR 2021): the memory contrastive loss without the samples whose label is probably wrong."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 noise_rate: float = .2, # R, share of wrong labels; 0: no filter
-                 window: int = 30, # τ, steps over which the threshold is averaged (5 by default in the released code)
-                 warm_up: int = 0, # steps before the filter begins
-                 margin: float = .5, # negatives below this similarity are left alone
-                 memory_size: int = 8192, # M, about the size of the training set
-                 weight: float = 1., # ω
-                 self_eps: float | None = 1e-5, # positives in the memory with similarity above 1 - self_eps are dropped; None: by identity only
-                 memory_dtype: str = "float32", # storage of the memory: "float32", "float16" or "bfloat16"
-                ):
-        super().__init__(embedding_size, num_classes, pair_params=dict(margin=margin), memory_size=memory_size, start_iteration=0,
-                         weight=weight, self_eps=self_eps, enqueue="after", memory_dtype=memory_dtype)
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        noise_rate: float = 0.2,  # R, share of wrong labels; 0: no filter
+        window: int = 30,  # τ, steps over which the threshold is averaged (5 by default in the released code)
+        warm_up: int = 0,  # steps before the filter begins
+        margin: float = 0.5,  # negatives below this similarity are left alone
+        memory_size: int = 8192,  # M, about the size of the training set
+        weight: float = 1.0,  # ω
+        self_eps: float
+        | None = 1e-5,  # positives in the memory with similarity above 1 - self_eps are dropped; None: by identity only
+        memory_dtype: str = "float32",  # storage of the memory: "float32", "float16" or "bfloat16"
+    ):
+        super().__init__(
+            embedding_size,
+            num_classes,
+            pair_params=dict(margin=margin),
+            memory_size=memory_size,
+            start_iteration=0,
+            weight=weight,
+            self_eps=self_eps,
+            enqueue="after",
+            memory_dtype=memory_dtype,
+        )
         check_whole(num_classes=(num_classes, 1), window=(window, 1), warm_up=(warm_up, 0))
         check_at_least(noise_rate=(noise_rate, 0))
-        if noise_rate >= 1: raise ValueError(f"noise_rate must be below 1, got {noise_rate}: it is the share of wrong labels, such as 0.2.")
+        if noise_rate >= 1:
+            raise ValueError(
+                f"noise_rate must be below 1, got {noise_rate}: it is the share of wrong labels, such as 0.2."
+            )
         self.noise_rate, self.warm_up = noise_rate, warm_up
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size))
         self.register_buffer("has_center", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("window", torch.full((window,), nan))
-        for name in ("seen", "rejected", "last_seen", "last_rejected"): self.register_buffer(name, torch.zeros((), dtype=torch.long))
+        for name in ("seen", "rejected", "last_seen", "last_rejected"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.long))
 
 # %% ../../nbs/40_losses/36_prism.ipynb #4f1ba6ef
 @patch
 @torch.no_grad()
 @in_float32
-def judge(self: PrismLoss,
-          embeddings: Tensor, # (B, D)
-          labels: Tensor, # (B,)
-         ) -> tuple[Tensor, Tensor]: # (B,) boolean mask of the samples kept, (τ,) the window after this batch
+def judge(
+    self: PrismLoss,
+    embeddings: Tensor,  # (B, D)
+    labels: Tensor,  # (B,)
+) -> tuple[Tensor, Tensor]:  # (B,) boolean mask of the samples kept, (τ,) the window after this batch
     "Which samples to trust."
-    if self.noise_rate == 0 or not len(labels) or int(self.iteration) < self.warm_up: return torch.ones_like(labels, dtype=torch.bool), self.window
+    if self.noise_rate == 0 or not len(labels) or int(self.iteration) < self.warm_up:
+        return torch.ones_like(labels, dtype=torch.bool), self.window
     p_B = clean_probability(unit(embeddings), labels, self.centers, self.has_center)
     return smooth_top_r(p_B, self.window, self.noise_rate)
+
 
 @patch
 def compute(self: PrismLoss, embeddings: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> Tensor:
@@ -94,30 +117,40 @@ def compute(self: PrismLoss, embeddings: Tensor, labels: Tensor, sample_ids: Ten
 
 # %% ../../nbs/40_losses/36_prism.ipynb #6c064247
 @patch
-def remember(self: PrismLoss,
-             embeddings: Tensor, # (B, D) embeddings of the step just taken
-             labels: Tensor, # (B,)
-             sample_ids: Tensor | None = None, # (B,) which images these are, 0 or above
-            ):
+def remember(
+    self: PrismLoss,
+    embeddings: Tensor,  # (B, D) embeddings of the step just taken
+    labels: Tensor,  # (B,)
+    sample_ids: Tensor | None = None,  # (B,) which images these are, 0 or above
+):
     "Push the samples that are kept, refresh their classes' centres, count the others."
-    check_embeddings(embeddings, self.embedding_size); check_labels(labels, len(embeddings), self.num_classes)
-    if sample_ids is not None: check_ids(sample_ids, len(embeddings))
+    check_embeddings(embeddings, self.embedding_size)
+    check_labels(labels, len(embeddings), self.num_classes)
+    if sample_ids is not None:
+        check_ids(sample_ids, len(embeddings))
     keep_B, window = self.judge(embeddings, labels)
     self.memory.enqueue(embeddings[keep_B], labels[keep_B], None if sample_ids is None else sample_ids[keep_B])
     self.window.copy_(window)
-    self.last_seen.fill_(len(labels)); self.last_rejected.copy_((~keep_B).sum())
-    self.seen += self.last_seen; self.rejected += self.last_rejected
+    self.last_seen.fill_(len(labels))
+    self.last_rejected.copy_((~keep_B).sum())
+    self.seen += self.last_seen
+    self.rejected += self.last_rejected
     self._refresh(labels[keep_B].unique())
     self.iteration += 1
 
+
 @patch
-def _refresh(self: PrismLoss, classes: Tensor): # (K,) ascending
+def _refresh(self: PrismLoss, classes: Tensor):  # (K,) ascending
     means, counts = self.memory.class_means(classes)
     classes = classes[counts > 0]
     self.centers[classes] = means[counts > 0].to(self.centers.dtype)
     self.has_center[classes] = True
 
+
 @patch(as_prop=True)
-def filtered(self: PrismLoss) -> dict[str, float]: # shares in [0, 1]
+def filtered(self: PrismLoss) -> dict[str, float]:  # shares in [0, 1]
     "Share of samples rejected so far, and at the last step."
-    return dict(all=(self.rejected / self.seen.clamp_min(1)).item(), last=(self.last_rejected / self.last_seen.clamp_min(1)).item())
+    return dict(
+        all=(self.rejected / self.seen.clamp_min(1)).item(),
+        last=(self.last_rejected / self.last_seen.clamp_min(1)).item(),
+    )

@@ -10,76 +10,94 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .softmax import own_similarity
-from .base import DMLLoss, check_at_least, check_default, check_whole, register
 from ..core.similarity import cosine, unit
+from .base import DMLLoss, check_at_least, check_default, check_whole, register
+from .softmax import own_similarity
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #938d6c75
-def class_logsumexp(x_B: Tensor, # (B,) exponents
-                    labels: Tensor, # (B,) class ids
-                    num_classes: int, # C
-                   ) -> Tensor: # (C,)
+def class_logsumexp(
+    x_B: Tensor,  # (B,) exponents
+    labels: Tensor,  # (B,) class ids
+    num_classes: int,  # C
+) -> Tensor:  # (C,)
     "`log(sum(exp(x)))` over the samples of each class; about -1e38 for a class without samples."
-    top_C = x_B.new_full((num_classes,), torch.finfo(x_B.dtype).min/4).scatter_reduce(0, labels, x_B.detach(), "amax")
+    top_C = x_B.new_full((num_classes,), torch.finfo(x_B.dtype).min / 4).scatter_reduce(0, labels, x_B.detach(), "amax")
     sum_C = torch.zeros_like(top_C).index_add(0, labels, (x_B - top_C[labels]).exp())
-    return top_C + sum_C.clamp_min(.5).log() # the largest term is 1, so only empty classes are below
+    return top_C + sum_C.clamp_min(0.5).log()  # the largest term is 1, so only empty classes are below
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #ecba1ae9
-def proxy_anchor(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-                 labels: Tensor, # (B,) class ids
-                 alpha: float = 32., # sharpness
-                 delta: float = .1, # margin
-                ) -> Tensor: # scalar
+def proxy_anchor(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    alpha: float = 32.0,  # sharpness
+    delta: float = 0.1,  # margin
+) -> Tensor:  # scalar
     "Proxy Anchor as a function of class similarities (Kim et al. 2020, Eq. 4)."
     zero_C = torch.zeros_like(sim_BC[0])
     own_B = own_similarity(sim_BC, labels)
-    pull_C = torch.logaddexp(class_logsumexp(-alpha*(own_B - delta), labels, len(zero_C)), zero_C)
-    others_BC = (sim_BC + delta).mul_(alpha).scatter_(1, labels[:, None], torch.finfo(sim_BC.dtype).min/4)
+    pull_C = torch.logaddexp(class_logsumexp(-alpha * (own_B - delta), labels, len(zero_C)), zero_C)
+    others_BC = (sim_BC + delta).mul_(alpha).scatter_(1, labels[:, None], torch.finfo(sim_BC.dtype).min / 4)
     push_C = torch.logaddexp(others_BC.logsumexp(0), zero_C)
     return pull_C.sum() / zero_C.index_fill(0, labels, 1).sum() + push_C.mean()
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #96995617
-LARGEST = 2**26 # numbers in a table of similarities that is kept for the backward pass
+LARGEST = 2**26  # numbers in a table of similarities that is kept for the backward pass
 
-def multi_proxy_similarity(embeddings: Tensor, # (B, D)
-                           proxies: Tensor, # (C, K, D)
-                           temp: float = 1., # γ of the softmax over the K proxies of a class
-                          ) -> Tensor: # (B, C)
+
+def multi_proxy_similarity(
+    embeddings: Tensor,  # (B, D)
+    proxies: Tensor,  # (C, K, D)
+    temp: float = 1.0,  # γ of the softmax over the K proxies of a class
+) -> Tensor:  # (B, C)
     "Softmax-weighted similarity to the proxies of each class (CP Eq. 5, SoftTriple)."
     C, K, D = proxies.shape
-    if K == 1: return cosine(embeddings, proxies[:, 0])
-    anchors, table = unit(embeddings), unit(proxies).transpose(0, 1).reshape(K*C, D)
+    if K == 1:
+        return cosine(embeddings, proxies[:, 0])
+    anchors, table = unit(embeddings), unit(proxies).transpose(0, 1).reshape(K * C, D)
+
     def part(z_BD):
         sim_BKC = (z_BD @ table.T).unflatten(1, (K, C))
-        return (sim_BKC * (sim_BKC/temp).softmax(1)).sum(1)
-    if len(anchors)*K*C <= LARGEST: return part(anchors)
-    return torch.cat([checkpoint(part, z_BD, use_reentrant=False) for z_BD in anchors.split(max(1, LARGEST // (K*C)))])
+        return (sim_BKC * (sim_BKC / temp).softmax(1)).sum(1)
+
+    if len(anchors) * K * C <= LARGEST:
+        return part(anchors)
+    return torch.cat(
+        [checkpoint(part, z_BD, use_reentrant=False) for z_BD in anchors.split(max(1, LARGEST // (K * C)))]
+    )
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #474085e9
-def init_proxies(num_classes: int, # C
-                 proxies_per_class: int, # K
-                 embedding_size: int, # D
-                ) -> nn.Parameter: # (C, K, D)
+def init_proxies(
+    num_classes: int,  # C
+    proxies_per_class: int,  # K
+    embedding_size: int,  # D
+) -> nn.Parameter:  # (C, K, D)
     "Kaiming-normal proxies, standard deviation sqrt(2 / CK)."
-    check_whole(num_classes=(num_classes, 1), proxies_per_class=(proxies_per_class, 1), embedding_size=(embedding_size, 1))
-    table = torch.empty(num_classes*proxies_per_class, embedding_size)
-    return nn.Parameter(nn.init.kaiming_normal_(table, mode="fan_out").view(num_classes, proxies_per_class, embedding_size))
+    check_whole(
+        num_classes=(num_classes, 1), proxies_per_class=(proxies_per_class, 1), embedding_size=(embedding_size, 1)
+    )
+    table = torch.empty(num_classes * proxies_per_class, embedding_size)
+    return nn.Parameter(
+        nn.init.kaiming_normal_(table, mode="fan_out").view(num_classes, proxies_per_class, embedding_size)
+    )
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #45df7e12
 @register("proxy_anchor")
 class ProxyAnchorLoss(DMLLoss):
     "Proxy Anchor (Kim et al., CVPR 2020), optionally with several proxies a class."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 alpha: float = 32., # sharpness
-                 delta: float = .1, # margin
-                 proxies_per_class: int = 1, # K; `proxies` is (C, D) for K=1, else (C, K, D)
-                 proxy_temp: float = 1., # γ of the softmax over the K proxies
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        alpha: float = 32.0,  # sharpness
+        delta: float = 0.1,  # margin
+        proxies_per_class: int = 1,  # K; `proxies` is (C, D) for K=1, else (C, K, D)
+        proxy_temp: float = 1.0,  # γ of the softmax over the K proxies
+    ):
         super().__init__()
         check_at_least(alpha=(alpha, 1e-4), proxy_temp=(proxy_temp, 1e-4))
-        if proxies_per_class == 1: check_default("with one proxy a class", proxy_temp=(proxy_temp, 1))
+        if proxies_per_class == 1:
+            check_default("with one proxy a class", proxy_temp=(proxy_temp, 1))
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.alpha, self.delta, self.proxy_temp = alpha, delta, proxy_temp
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
@@ -88,4 +106,6 @@ class ProxyAnchorLoss(DMLLoss):
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "Similarity to the proxies of each class, then Eq. 4."
         proxies = (self.proxies if self.proxies.ndim == 3 else self.proxies[:, None]).to(embeddings.dtype)
-        return proxy_anchor(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels, self.alpha, self.delta)
+        return proxy_anchor(
+            multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels, self.alpha, self.delta
+        )

@@ -13,16 +13,23 @@ from ..core.similarity import check_embeddings, check_labels, euclidean, unit
 
 # %% ../../nbs/40_losses/29_proxy_deviation.ipynb #c4cc1aa9
 @torch.no_grad()
-def deviation(embeddings: Tensor, # (N, D) embeddings of all training images, not augmented
-              labels: Tensor, # (N,) class ids
-              proxies: Tensor, # (C, D) or (C, K, D)
-             ) -> dict[str, float]: # {"center": ..., "pairwise": ...}, Euclidean distances in [0, 2]
+def deviation(
+    embeddings: Tensor,  # (N, D) embeddings of all training images, not augmented
+    labels: Tensor,  # (N,) class ids
+    proxies: Tensor,  # (C, D) or (C, K, D)
+) -> dict[str, float]:  # {"center": ..., "pairwise": ...}, Euclidean distances in [0, 2]
     "Gap between the proxies of each class and its samples (CP Eq. 10); classes without samples are left out."
-    check_embeddings(embeddings, proxies.shape[-1]); check_labels(labels, len(embeddings), len(proxies))
+    check_embeddings(embeddings, proxies.shape[-1])
+    check_labels(labels, len(embeddings), len(proxies))
     z, w_CKD = unit(embeddings), unit(proxies if proxies.ndim == 3 else proxies[:, None]).to(embeddings)
     count_C = torch.bincount(labels, minlength=len(w_CKD))
     center_CD = torch.zeros_like(w_CKD[:, 0]).index_add_(0, labels, z) / count_C.clamp_min(1)[:, None]
-    sim_NK = torch.cat([(z_part[:, None] @ w_CKD[y_part].transpose(1, 2))[:, 0] for z_part, y_part in zip(z.split(1024), labels.split(1024))])
+    sim_NK = torch.cat(
+        [
+            (z_part[:, None] @ w_CKD[y_part].transpose(1, 2))[:, 0]
+            for z_part, y_part in zip(z.split(1024), labels.split(1024))
+        ]
+    )
     pair_N = euclidean(sim_NK).mean(1)
     pair_C = torch.zeros_like(count_C, dtype=z.dtype).index_add_(0, labels, pair_N) / count_C.clamp_min(1)
     seen = count_C > 0

@@ -13,40 +13,60 @@ from typing import Callable
 from torch import Tensor, nn
 
 # %% ../../nbs/40_losses/32_proxy_hosts.ipynb #d193fea7
-from .softmax import ProxyLoss, arcface, cosface, norm_softmax
+from ..core.similarity import unknown
 from .base import check_at_least, create_loss
 from .proxy_anchor import proxy_anchor
 from .proxy_nca import proxy_nca, softtriple
-from ..core.similarity import unknown
+from .softmax import ProxyLoss, arcface, cosface, norm_softmax
 
 # %% ../../nbs/40_losses/32_proxy_hosts.ipynb #f787ad34
-HOSTS = dict(norm_softmax=norm_softmax, proxy_nca=proxy_nca, proxy_anchor=proxy_anchor, softtriple=softtriple, cosface=cosface, arcface=arcface)
+HOSTS = dict(
+    norm_softmax=norm_softmax,
+    proxy_nca=proxy_nca,
+    proxy_anchor=proxy_anchor,
+    softtriple=softtriple,
+    cosface=cosface,
+    arcface=arcface,
+)
 
 # %% ../../nbs/40_losses/32_proxy_hosts.ipynb #9e8aaa30
-def host_loss(name: str, # one of `HOSTS`
-              params: dict | None = None, # of the host function, such as {"alpha": 16}
-             ) -> Callable[[Tensor, Tensor], Tensor]: # (sim_BC, labels) -> scalar
+def host_loss(
+    name: str,  # one of `HOSTS`
+    params: dict | None = None,  # of the host function, such as {"alpha": 16}
+) -> Callable[[Tensor, Tensor], Tensor]:  # (sim_BC, labels) -> scalar
     "A loss as a function of class similarities and labels."
-    if name not in HOSTS: raise unknown("host", name, HOSTS)
+    if name not in HOSTS:
+        raise unknown("host", name, HOSTS)
     params, takes = params or {}, list(signature(HOSTS[name]).parameters)[2:]
     for key in params:
-        if key not in takes: raise unknown(f"parameter of the host {name!r}", key, takes)
-    check_at_least(**{k: (v, 1e-4 if k in ("temperature", "scale", "alpha") else 0) for k, v in params.items() if not isinstance(v, bool)})
+        if key not in takes:
+            raise unknown(f"parameter of the host {name!r}", key, takes)
+    check_at_least(
+        **{
+            k: (v, 1e-4 if k in ("temperature", "scale", "alpha") else 0)
+            for k, v in params.items()
+            if not isinstance(v, bool)
+        }
+    )
     return partial(HOSTS[name], **params)
 
 # %% ../../nbs/40_losses/32_proxy_hosts.ipynb #9bf25af2
-PUBLISHED = dict(norm_softmax=dict(temperature=1/23), proxy_nca=dict(scale=24.))
+PUBLISHED = dict(norm_softmax=dict(temperature=1 / 23), proxy_nca=dict(scale=24.0))
 
 # %% ../../nbs/40_losses/32_proxy_hosts.ipynb #4e19d8ba
 class HostedLoss(ProxyLoss):
     "Base: one proxy a class under a host loss."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 host: str, # one of `HOSTS`
-                 host_params: dict | None, # of the host
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        host: str,  # one of `HOSTS`
+        host_params: dict | None,  # of the host
+    ):
         super().__init__(num_classes, embedding_size)
         self.host = host_loss(host, host_params)
         one = dict(proxies_per_class=1) if host == "softtriple" else {}
-        self.proxies = nn.Parameter(create_loss(host, num_classes, embedding_size, **one).proxies.detach().view(num_classes, embedding_size))
+        self.proxies = nn.Parameter(
+            create_loss(host, num_classes, embedding_size, **one).proxies.detach().view(num_classes, embedding_size)
+        )

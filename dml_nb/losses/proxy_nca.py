@@ -10,45 +10,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .softmax import ProxyLoss, margin_softmax, own_similarity
+from ..core.similarity import euclidean, unit
 from .base import DMLLoss, check_at_least, check_default, check_whole, register
 from .proxy_anchor import multi_proxy_similarity
-from ..core.similarity import euclidean, unit
+from .softmax import ProxyLoss, margin_softmax, own_similarity
 
 # %% ../../nbs/40_losses/26_proxy_nca.ipynb #4686f585
-def proxy_nca(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-              labels: Tensor, # (B,) class ids
-              scale: float = 18., # κ = 2 a_x a_p
-              include_positive: bool = True, # own class in the denominator (released code) or not (paper)
-              smoothing: float = 0., # ε
-             ) -> Tensor: # scalar
+def proxy_nca(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    scale: float = 18.0,  # κ = 2 a_x a_p
+    include_positive: bool = True,  # own class in the denominator (released code) or not (paper)
+    smoothing: float = 0.0,  # ε
+) -> Tensor:  # scalar
     "Proxy-NCA as a function of class similarities (Movshovitz-Attias et al. 2017)."
     C = sim_BC.shape[1]
-    if C == 1: return sim_BC.sum() * 0
-    if include_positive: return cross_entropy(scale*sim_BC, labels, label_smoothing=smoothing*C/(C - 1))
+    if C == 1:
+        return sim_BC.sum() * 0
+    if include_positive:
+        return cross_entropy(scale * sim_BC, labels, label_smoothing=smoothing * C / (C - 1))
     own_B = own_similarity(sim_BC, labels)
-    target_B = own_B if smoothing == 0 else (1 - smoothing)*own_B + smoothing*(sim_BC.sum(1) - own_B)/(C - 1)
-    others_BC = (scale*sim_BC).scatter_(1, labels[:, None], torch.finfo(sim_BC.dtype).min/4)
-    return (others_BC.logsumexp(1) - scale*target_B).mean()
+    target_B = own_B if smoothing == 0 else (1 - smoothing) * own_B + smoothing * (sim_BC.sum(1) - own_B) / (C - 1)
+    others_BC = (scale * sim_BC).scatter_(1, labels[:, None], torch.finfo(sim_BC.dtype).min / 4)
+    return (others_BC.logsumexp(1) - scale * target_B).mean()
 
 # %% ../../nbs/40_losses/26_proxy_nca.ipynb #0bcec0a1
-@register("proxy_nca", paper=dict(include_positive=False, smoothing=0.), sop=dict(scale_x=1., scale_p=8.),
-          proxy_anchor_repo=dict(scale_x=32**.5, scale_p=32**.5, smoothing=0.))
+@register(
+    "proxy_nca",
+    paper=dict(include_positive=False, smoothing=0.0),
+    sop=dict(scale_x=1.0, scale_p=8.0),
+    proxy_anchor_repo=dict(scale_x=32**0.5, scale_p=32**0.5, smoothing=0.0),
+)
 class ProxyNCALoss(ProxyLoss):
     "Proxy-NCA (Movshovitz-Attias et al., ICCV 2017)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 scale_x: float = 3., # a_x, length of an embedding
-                 scale_p: float = 3., # a_p, length of a proxy
-                 include_positive: bool = True, # own class in the denominator (released code) or not (paper)
-                 smoothing: float = .1, # ε, taken from the own class and given to the others in equal parts
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        scale_x: float = 3.0,  # a_x, length of an embedding
+        scale_p: float = 3.0,  # a_p, length of a proxy
+        include_positive: bool = True,  # own class in the denominator (released code) or not (paper)
+        smoothing: float = 0.1,  # ε, taken from the own class and given to the others in equal parts
+    ):
         super().__init__(num_classes, embedding_size)
         check_at_least(scale_x=(scale_x, 1e-4), scale_p=(scale_p, 1e-4), smoothing=(smoothing, 0))
-        if smoothing > .5: raise ValueError(f"smoothing must be at most 0.5, got {smoothing}: the own class keeps 1 - smoothing.")
-        nn.init.normal_(self.proxies, std=1/8)
-        self.scale, self.include_positive, self.smoothing = 2*scale_x*scale_p, include_positive, smoothing
+        if smoothing > 0.5:
+            raise ValueError(f"smoothing must be at most 0.5, got {smoothing}: the own class keeps 1 - smoothing.")
+        nn.init.normal_(self.proxies, std=1 / 8)
+        self.scale, self.include_positive, self.smoothing = 2 * scale_x * scale_p, include_positive, smoothing
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "Cosines, then the softmax."
@@ -58,62 +68,77 @@ class ProxyNCALoss(ProxyLoss):
 @register("proxy_nca_pp")
 class ProxyNCAPlusPlusLoss(ProxyLoss):
     "Proxy-NCA++ (Teh et al., ECCV 2020)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 temperature: float = 1/9, # T, of the squared distance
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        temperature: float = 1 / 9,  # T, of the squared distance
+    ):
         super().__init__(num_classes, embedding_size)
         check_at_least(temperature=(temperature, 1e-4))
-        nn.init.normal_(self.proxies, std=1/8)
+        nn.init.normal_(self.proxies, std=1 / 8)
         self.temperature = temperature
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "Cosines, then the softmax."
-        return proxy_nca(self.similarity(embeddings), labels, 2/self.temperature)
+        return proxy_nca(self.similarity(embeddings), labels, 2 / self.temperature)
 
 # %% ../../nbs/40_losses/26_proxy_nca.ipynb #bc5b9158
-def softtriple(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-               labels: Tensor, # (B,) class ids
-               scale: float = 20., # λ
-               margin: float = .01, # δ
-              ) -> Tensor: # scalar
+def softtriple(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    scale: float = 20.0,  # λ
+    margin: float = 0.01,  # δ
+) -> Tensor:  # scalar
     "SoftTriple without its regulariser, as a function of class similarities (Qian et al. 2019)."
     return margin_softmax(sim_BC, labels, own_similarity(sim_BC, labels) - margin, scale)
 
 # %% ../../nbs/40_losses/26_proxy_nca.ipynb #c2f30f15
-def proxy_spread(proxies: Tensor, # (C, K, D), K at least 2
-                ) -> Tensor: # scalar
+def proxy_spread(
+    proxies: Tensor,  # (C, K, D), K at least 2
+) -> Tensor:  # scalar
     "Half the mean distance between the proxies of a class (SoftTriple's regulariser)."
     C, K, _ = proxies.shape
     w_CKD = unit(proxies)
     distance_CKK = euclidean(w_CKD @ w_CKD.transpose(1, 2), eps=1e-5)
-    return distance_CKK.triu(1).sum() / (C*K*(K - 1))
+    return distance_CKK.triu(1).sum() / (C * K * (K - 1))
 
 # %% ../../nbs/40_losses/26_proxy_nca.ipynb #9dcc0d0d
 @register("softtriple", sop=dict(proxies_per_class=2))
 class SoftTripleLoss(DMLLoss):
     "SoftTriple (Qian et al., ICCV 2019)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 scale: float = 20., # λ
-                 proxy_temp: float = .1, # γ of the softmax over the K proxies of a class
-                 tau: float = .2, # τ, weight of the regulariser
-                 margin: float = .01, # δ
-                 proxies_per_class: int = 10, # K
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        scale: float = 20.0,  # λ
+        proxy_temp: float = 0.1,  # γ of the softmax over the K proxies of a class
+        tau: float = 0.2,  # τ, weight of the regulariser
+        margin: float = 0.01,  # δ
+        proxies_per_class: int = 10,  # K
+    ):
         super().__init__()
-        check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), proxies_per_class=(proxies_per_class, 1))
+        check_whole(
+            num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), proxies_per_class=(proxies_per_class, 1)
+        )
         check_at_least(scale=(scale, 1e-4), proxy_temp=(proxy_temp, 1e-4), tau=(tau, 0), margin=(margin, 0))
-        if proxies_per_class == 1: check_default("with one proxy a class", proxy_temp=(proxy_temp, .1), tau=(tau, .2 if tau else 0)) # tau=0 says what happens
+        if proxies_per_class == 1:
+            check_default(
+                "with one proxy a class", proxy_temp=(proxy_temp, 0.1), tau=(tau, 0.2 if tau else 0)
+            )  # tau=0 says what happens
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.scale, self.proxy_temp, self.tau, self.margin = scale, proxy_temp, tau, margin
-        bound = (num_classes*proxies_per_class)**-.5
-        self.proxies = nn.Parameter(nn.init.uniform_(torch.empty(num_classes, proxies_per_class, embedding_size), -bound, bound))
+        bound = (num_classes * proxies_per_class) ** -0.5
+        self.proxies = nn.Parameter(
+            nn.init.uniform_(torch.empty(num_classes, proxies_per_class, embedding_size), -bound, bound)
+        )
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "Similarity with each class, softmax with margin, and the regulariser where there is more than one proxy a class."
         proxies = self.proxies.to(embeddings.dtype)
-        value = softtriple(multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels, self.scale, self.margin)
-        return value if self.tau == 0 or proxies.shape[1] == 1 else value + self.tau*proxy_spread(proxies)
+        value = softtriple(
+            multi_proxy_similarity(embeddings, proxies, self.proxy_temp), labels, self.scale, self.margin
+        )
+        return value if self.tau == 0 or proxies.shape[1] == 1 else value + self.tau * proxy_spread(proxies)

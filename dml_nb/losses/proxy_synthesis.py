@@ -14,34 +14,41 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #cc50badf
-from .softmax import ProxyLoss, norm_softmax
-from .base import check_at_least, register
-from .proxy_hosts import PUBLISHED, HostedLoss
-from .proxy_anchor import ProxyAnchorLoss
 from ..core.similarity import cosine, log1p_sum_exp, unit
+from .base import check_at_least, register
+from .proxy_anchor import ProxyAnchorLoss
+from .proxy_hosts import PUBLISHED, HostedLoss
+from .softmax import ProxyLoss, norm_softmax
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #e621735a
-def other_class_partner(labels: Tensor, # (B,) class ids
-                       ) -> Tensor: # (B,) index of the partner
+def other_class_partner(
+    labels: Tensor,  # (B,) class ids
+) -> Tensor:  # (B,) index of the partner
     "A partner for each sample, of another class wherever no class has more than half of the batch."
     same_BB, here = labels[:, None] == labels, torch.arange(len(labels), device=labels.device)
-    order = same_BB.byte().argmax(1).argsort(stable=True) # by the first sample of each one's class
+    order = same_BB.byte().argmax(1).argsort(stable=True)  # by the first sample of each one's class
     blocks = torch.empty_like(here).scatter_(0, order, order[(here - same_BB.sum(1).amax()) % len(labels)])
     before = (here - 1) % len(labels)
     return before.where((labels != labels[before]).all(), blocks)
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #89eb8d77
-def synthesise(unit_BD: Tensor, # (B, D) unit embeddings
-               unit_CD: Tensor, # (C, D) unit proxies
-               labels: Tensor, # (B,) class ids
-               lam: float, # λ, share of the sample itself
-               most: int, # only the first `most` samples are mixed
-              ) -> Tensor: # (B + S, C + S) similarities of real and synthetic samples and classes
+def synthesise(
+    unit_BD: Tensor,  # (B, D) unit embeddings
+    unit_CD: Tensor,  # (C, D) unit proxies
+    labels: Tensor,  # (B,) class ids
+    lam: float,  # λ, share of the sample itself
+    most: int,  # only the first `most` samples are mixed
+) -> Tensor:  # (B + S, C + S) similarities of real and synthetic samples and classes
     "Mix samples and proxies of different classes (Gu et al. 2021)."
     j_B = other_class_partner(labels)
     i = (labels != labels[j_B])[:most].nonzero()[:, 0]
-    def mixed(v, a, b): return lam*v[a] + (1 - lam)*v[b]
-    def per_length(v_SD): return 1 / torch.linalg.vector_norm(v_SD, dim=1, keepdim=True).clamp_min(1e-12)
+
+    def mixed(v, a, b):
+        return lam * v[a] + (1 - lam) * v[b]
+
+    def per_length(v_SD):
+        return 1 / torch.linalg.vector_norm(v_SD, dim=1, keepdim=True).clamp_min(1e-12)
+
     pair, classes = (i, j_B[i]), (labels[i], labels[j_B[i]])
     sim_CB = unit_CD @ unit_BD.T
     sim_BA = torch.cat([sim_CB, mixed(sim_CB, *classes) * per_length(mixed(unit_CD, *classes))]).T
@@ -51,18 +58,21 @@ def synthesise(unit_BD: Tensor, # (B, D) unit embeddings
 @register("proxy_synthesis", proxy_nca=dict(host="proxy_nca"), proxy_anchor=dict(host="proxy_anchor"))
 class ProxySynthesisLoss(HostedLoss):
     "Proxy Synthesis (Gu et al., AAAI 2021)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 host: str = "norm_softmax", # one of `HOSTS`
-                 host_params: dict | None = None, # of the host, over the published ones
-                 alpha: float = .4, # of the Beta distribution of λ
-                 mu: float = 1., # share of the batch that is mixed
-                 lam: float | None = None, # a fixed λ; None: drawn for each batch
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        host: str = "norm_softmax",  # one of `HOSTS`
+        host_params: dict | None = None,  # of the host, over the published ones
+        alpha: float = 0.4,  # of the Beta distribution of λ
+        mu: float = 1.0,  # share of the batch that is mixed
+        lam: float | None = None,  # a fixed λ; None: drawn for each batch
+    ):
         super().__init__(num_classes, embedding_size, host, PUBLISHED.get(host, {}) | (host_params or {}))
         check_at_least(alpha=(alpha, 1e-3), mu=(mu, 0), lam=(0 if lam is None else lam, 0))
-        if mu > 1 or lam is not None and lam > 1: raise ValueError(f"mu and lam are shares and at most 1, got mu={mu}, lam={lam}.")
+        if mu > 1 or lam is not None and lam > 1:
+            raise ValueError(f"mu and lam are shares and at most 1, got mu={mu}, lam={lam}.")
         self.mu, self.lam, self.draw = mu, lam, torch.distributions.Beta(alpha, alpha)
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #28d37600
@@ -70,49 +80,64 @@ class ProxySynthesisLoss(HostedLoss):
 def compute(self: ProxySynthesisLoss, embeddings: Tensor, labels: Tensor) -> Tensor:
     "The host on real and synthetic classes together."
     lam = self.draw.sample().item() if self.lam is None else self.lam
-    sim = synthesise(unit(embeddings), unit(self.proxies.to(embeddings.dtype)), labels, lam, int(self.mu*len(labels) + 1e-9)) # 0.29 of 100 is 29
+    sim = synthesise(
+        unit(embeddings), unit(self.proxies.to(embeddings.dtype)), labels, lam, int(self.mu * len(labels) + 1e-9)
+    )  # 0.29 of 100 is 29
     new = torch.arange(self.num_classes, sim.shape[1], device=labels.device)
     return self.host(sim, torch.cat([labels, new]))
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #80777485
-def smooth_proxy_anchor(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-                        conf_BC: Tensor, # (B, C) confidence in each class, in [0, 1]
-                        labels: Tensor, # (B,) given class ids
-                        alpha: float = 32., # sharpness
-                        delta: float = .1, # margin
-                        beta: float = 10., # β, steepness of the step
-                        center: float = .5, # κ, middle of the step
-                        require_label: bool = True, # members of a class have its label too
-                       ) -> Tensor: # scalar
+def smooth_proxy_anchor(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    conf_BC: Tensor,  # (B, C) confidence in each class, in [0, 1]
+    labels: Tensor,  # (B,) given class ids
+    alpha: float = 32.0,  # sharpness
+    delta: float = 0.1,  # margin
+    beta: float = 10.0,  # β, steepness of the step
+    center: float = 0.5,  # κ, middle of the step
+    require_label: bool = True,  # members of a class have its label too
+) -> Tensor:  # scalar
     "Proxy Anchor with memberships by confidence (Roig et al. 2020), reconstructed."
-    hit_BC, step_BC = one_hot(labels, sim_BC.shape[1]).bool(), beta*(conf_BC - center)
-    near_BC, far_BC = (hit_BC, ~hit_BC) if require_label else [torch.ones_like(hit_BC)]*2
-    pull_C = log1p_sum_exp(logsigmoid(step_BC) - alpha*(sim_BC - delta), near_BC, 0)
-    push_C = log1p_sum_exp(logsigmoid(-step_BC) + alpha*(sim_BC + delta), far_BC, 0)
+    hit_BC, step_BC = one_hot(labels, sim_BC.shape[1]).bool(), beta * (conf_BC - center)
+    near_BC, far_BC = (hit_BC, ~hit_BC) if require_label else [torch.ones_like(hit_BC)] * 2
+    pull_C = log1p_sum_exp(logsigmoid(step_BC) - alpha * (sim_BC - delta), near_BC, 0)
+    push_C = log1p_sum_exp(logsigmoid(-step_BC) + alpha * (sim_BC + delta), far_BC, 0)
     present_C = hit_BC.any(0)
-    return (pull_C*present_C).sum()/present_C.sum() + push_C.mean()
+    return (pull_C * present_C).sum() / present_C.sum() + push_C.mean()
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #63768818
 @register("smooth_proxy_anchor")
 class SmoothProxyAnchorLoss(ProxyLoss):
     "Smooth Proxy Anchor (Roig et al., CVPR-W 2020), reconstructed."
+
     exact_gradient = False
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 alpha: float = 32., # sharpness
-                 delta: float = .1, # margin
-                 conf_beta: float = 10., # β, steepness of the step
-                 conf_center: float = .5, # κ, middle of the step
-                 require_label: bool = True, # members of a class have its label too
-                 conf_temp: float = .05, # temperature of the confidence head
-                 conf_weight: float = 1., # weight of the head's classification loss
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        alpha: float = 32.0,  # sharpness
+        delta: float = 0.1,  # margin
+        conf_beta: float = 10.0,  # β, steepness of the step
+        conf_center: float = 0.5,  # κ, middle of the step
+        require_label: bool = True,  # members of a class have its label too
+        conf_temp: float = 0.05,  # temperature of the confidence head
+        conf_weight: float = 1.0,  # weight of the head's classification loss
+    ):
         super().__init__(num_classes, embedding_size)
-        check_at_least(alpha=(alpha, 0), conf_beta=(conf_beta, 0), conf_temp=(conf_temp, 1e-4), conf_weight=(conf_weight, 0))
+        check_at_least(
+            alpha=(alpha, 0), conf_beta=(conf_beta, 0), conf_temp=(conf_temp, 1e-4), conf_weight=(conf_weight, 0)
+        )
         self.proxies = ProxyAnchorLoss(num_classes, embedding_size).proxies
         self.head = nn.Parameter(torch.randn(num_classes, embedding_size))
-        self.host = partial(smooth_proxy_anchor, alpha=alpha, delta=delta, beta=conf_beta, center=conf_center, require_label=require_label)
+        self.host = partial(
+            smooth_proxy_anchor,
+            alpha=alpha,
+            delta=delta,
+            beta=conf_beta,
+            center=conf_center,
+            require_label=require_label,
+        )
         self.conf_temp, self.conf_weight = conf_temp, conf_weight
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #acaeb0af
@@ -121,4 +146,6 @@ def compute(self: SmoothProxyAnchorLoss, embeddings: Tensor, labels: Tensor) -> 
     "Confidences, then the weighted Proxy Anchor and the loss of the head."
     logit_BC = cosine(embeddings, self.head.to(embeddings.dtype))
     conf_BC = (logit_BC.detach() / self.conf_temp).softmax(1)
-    return self.host(self.similarity(embeddings), conf_BC, labels) + self.conf_weight*norm_softmax(logit_BC, labels, self.conf_temp)
+    return self.host(self.similarity(embeddings), conf_BC, labels) + self.conf_weight * norm_softmax(
+        logit_BC, labels, self.conf_temp
+    )

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .base import DMLLoss, check_at_least, check_whole, register
 from ..core.similarity import cosine, unknown
+from .base import DMLLoss, check_at_least, check_whole, register
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #f3d0ccde
 @register("cross_entropy")
 class CrossEntropyLoss(DMLLoss):
     "Cross-entropy of a linear classifier on the raw embeddings, or of given logits."
+
     normalised = False
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int | None = None, # D; None: the embeddings are the logits (B, C)
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int | None = None,  # D; None: the embeddings are the logits (B, C)
+    ):
         super().__init__()
         check_whole(num_classes=(num_classes, 1), embedding_size=(1 if embedding_size is None else embedding_size, 1))
         self.num_classes, self.embedding_size = num_classes, embedding_size
@@ -32,65 +35,83 @@ class CrossEntropyLoss(DMLLoss):
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         "Logits, then cross-entropy."
-        if self.classifier is not None: embeddings = linear(embeddings, *(p.to(embeddings.dtype) for p in self.classifier.parameters()))
+        if self.classifier is not None:
+            embeddings = linear(embeddings, *(p.to(embeddings.dtype) for p in self.classifier.parameters()))
         elif embeddings.shape[1] != self.num_classes:
             columns = embeddings.shape[1]
-            raise ValueError(f"logits have {columns} columns but num_classes is {self.num_classes}: give embedding_size={columns} to classify embeddings.")
+            raise ValueError(
+                f"logits have {columns} columns but num_classes is {self.num_classes}: give embedding_size={columns} to classify embeddings."
+            )
         return nn.functional.cross_entropy(embeddings, labels)
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #28220231
-INITS = dict(uniform=lambda w: nn.init.uniform_(w, -w.shape[1]**-.5, w.shape[1]**-.5), normal=nn.init.normal_, xavier=nn.init.xavier_uniform_)
+INITS = dict(
+    uniform=lambda w: nn.init.uniform_(w, -(w.shape[1] ** -0.5), w.shape[1] ** -0.5),
+    normal=nn.init.normal_,
+    xavier=nn.init.xavier_uniform_,
+)
+
 
 class ProxyLoss(DMLLoss):
     "Base of the losses with one proxy a class, compared by cosine."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 init: str = "uniform", # "uniform", "normal" or "xavier"
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        init: str = "uniform",  # "uniform", "normal" or "xavier"
+    ):
         super().__init__()
         check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
-        if init not in INITS: raise unknown("init", init, INITS)
+        if init not in INITS:
+            raise unknown("init", init, INITS)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.proxies = nn.Parameter(INITS[init](torch.empty(num_classes, embedding_size)))
 
-    def similarity(self, embeddings: Tensor) -> Tensor: # (B, C)
+    def similarity(self, embeddings: Tensor) -> Tensor:  # (B, C)
         "Cosine with every proxy."
         return cosine(embeddings, self.proxies.to(embeddings.dtype))
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #8d97076b
-def own_similarity(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-                   labels: Tensor, # (B,) class ids
-                  ) -> Tensor: # (B,)
+def own_similarity(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+) -> Tensor:  # (B,)
     "Similarity of each sample with its own class."
     return sim_BC.gather(1, labels[:, None])[:, 0]
 
-def margin_softmax(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-                   labels: Tensor, # (B,) class ids
-                   own_B: Tensor, # (B,) what replaces the similarity with the own class
-                   scale: float, # κ
-                  ) -> Tensor: # scalar
+
+def margin_softmax(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    own_B: Tensor,  # (B,) what replaces the similarity with the own class
+    scale: float,  # κ
+) -> Tensor:  # scalar
     "Scaled softmax cross-entropy with the own similarity replaced."
-    logits_BC = (scale*sim_BC).scatter_(1, labels[:, None], scale*own_B[:, None])
+    logits_BC = (scale * sim_BC).scatter_(1, labels[:, None], scale * own_B[:, None])
     return nn.functional.cross_entropy(logits_BC, labels)
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #cb473aa4
-def norm_softmax(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-                 labels: Tensor, # (B,) class ids
-                 temperature: float = .05, # T
-                ) -> Tensor: # scalar
+def norm_softmax(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    temperature: float = 0.05,  # T
+) -> Tensor:  # scalar
     "Normalised softmax as a function of class similarities (Zhai and Wu 2019)."
     return nn.functional.cross_entropy(sim_BC / temperature, labels)
 
-@register("norm_softmax", proxy_synthesis=dict(temperature=1/23))
+
+@register("norm_softmax", proxy_synthesis=dict(temperature=1 / 23))
 class NormSoftmaxLoss(ProxyLoss):
     "Normalised softmax (Zhai and Wu, BMVC 2019)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 temperature: float = .05, # T
-                 init: str = "uniform", # "uniform", "normal" or "xavier"
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        temperature: float = 0.05,  # T
+        init: str = "uniform",  # "uniform", "normal" or "xavier"
+    ):
         super().__init__(num_classes, embedding_size, init)
         check_at_least(temperature=(temperature, 1e-4))
         self.temperature = temperature
@@ -100,24 +121,28 @@ class NormSoftmaxLoss(ProxyLoss):
         return norm_softmax(self.similarity(embeddings), labels, self.temperature)
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #69b756f9
-def cosface(sim_BC: Tensor, # (B, C) similarity of each sample and each class
-            labels: Tensor, # (B,) class ids
-            margin: float = .35, # m, taken off the own cosine
-            scale: float = 64., # κ
-           ) -> Tensor: # scalar
+def cosface(
+    sim_BC: Tensor,  # (B, C) similarity of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    margin: float = 0.35,  # m, taken off the own cosine
+    scale: float = 64.0,  # κ
+) -> Tensor:  # scalar
     "CosFace as a function of class similarities (Wang et al. 2018)."
     return margin_softmax(sim_BC, labels, own_similarity(sim_BC, labels) - margin, scale)
 
-@register("cosface", muggle_wang=dict(scale=30., init="xavier"))
+
+@register("cosface", muggle_wang=dict(scale=30.0, init="xavier"))
 class CosFaceLoss(ProxyLoss):
     "CosFace (Wang et al., CVPR 2018)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 margin: float = .35, # m, taken off the own cosine
-                 scale: float = 64., # κ
-                 init: str = "normal", # "uniform", "normal" or "xavier"
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        margin: float = 0.35,  # m, taken off the own cosine
+        scale: float = 64.0,  # κ
+        init: str = "normal",  # "uniform", "normal" or "xavier"
+    ):
         super().__init__(num_classes, embedding_size, init)
         check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         self.margin, self.scale = margin, scale
@@ -127,35 +152,45 @@ class CosFaceLoss(ProxyLoss):
         return cosface(self.similarity(embeddings), labels, self.margin, self.scale)
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #a474cc3a
-def cos_of_sum(cos: Tensor, # cosines of angles in [0, π], any shape
-               margin: float, # m in radians
-              ) -> Tensor: # shape of `cos`
+def cos_of_sum(
+    cos: Tensor,  # cosines of angles in [0, π], any shape
+    margin: float,  # m in radians
+) -> Tensor:  # shape of `cos`
     "`cos(θ + m)` from `cos θ`, continued so that it falls up to θ = π."
-    sin = ((1 - cos)*(1 + cos)).clamp_min(2e-7).sqrt()
-    return torch.where(cos >= -math.cos(margin), cos*math.cos(margin) - sin*math.sin(margin), cos - margin*math.sin(margin))
+    sin = ((1 - cos) * (1 + cos)).clamp_min(2e-7).sqrt()
+    return torch.where(
+        cos >= -math.cos(margin), cos * math.cos(margin) - sin * math.sin(margin), cos - margin * math.sin(margin)
+    )
 
-def arcface(sim_BC: Tensor, # (B, C) cosine of each sample and each class
-            labels: Tensor, # (B,) class ids
-            margin: float = math.radians(28.6), # m, added to the own angle, in radians
-            scale: float = 64., # κ
-           ) -> Tensor: # scalar
+
+def arcface(
+    sim_BC: Tensor,  # (B, C) cosine of each sample and each class
+    labels: Tensor,  # (B,) class ids
+    margin: float = math.radians(28.6),  # m, added to the own angle, in radians
+    scale: float = 64.0,  # κ
+) -> Tensor:  # scalar
     "ArcFace as a function of class cosines (Deng et al. 2019)."
     return margin_softmax(sim_BC, labels, cos_of_sum(own_similarity(sim_BC, labels), margin), scale)
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #071a34cd
-@register("arcface", paper=dict(margin=.5), revisiting=dict(margin=.5, scale=16.))
+@register("arcface", paper=dict(margin=0.5), revisiting=dict(margin=0.5, scale=16.0))
 class ArcFaceLoss(ProxyLoss):
     "ArcFace (Deng et al., CVPR 2019)."
-    def __init__(self,
-                 num_classes: int, # C
-                 embedding_size: int, # D
-                 margin: float = math.radians(28.6), # m, added to the own angle, in radians
-                 scale: float = 64., # κ
-                 init: str = "normal", # "uniform", "normal" or "xavier"
-                ):
+
+    def __init__(
+        self,
+        num_classes: int,  # C
+        embedding_size: int,  # D
+        margin: float = math.radians(28.6),  # m, added to the own angle, in radians
+        scale: float = 64.0,  # κ
+        init: str = "normal",  # "uniform", "normal" or "xavier"
+    ):
         super().__init__(num_classes, embedding_size, init)
         check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
-        if margin > math.pi: raise ValueError(f"margin is an angle in radians, at most 3.14159, got {margin}: for degrees pass math.radians({margin}).")
+        if margin > math.pi:
+            raise ValueError(
+                f"margin is an angle in radians, at most 3.14159, got {margin}: for degrees pass math.radians({margin})."
+            )
         self.margin, self.scale = margin, scale
 
     def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:

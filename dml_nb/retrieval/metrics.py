@@ -13,17 +13,18 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..core.similarity import unknown
 from .clustering import class_distances, cluster_agreement, spectrum
 from .dense import positives_in_rows
 from .inputs import checked, depths
 from .ranker import Ranked, Ranker, owners
-from ..core.similarity import unknown
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #fb9dda29
-def positives_in_lists(part: Ranked, # some lists from `Ranker.ranked`
-                       labels: Tensor, # (Q,) classes of all queries
-                       gallery_labels: Tensor, # (N,) classes of the gallery
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # (P,) which of the part's lists, j, negatives above, negatives tied
+def positives_in_lists(
+    part: Ranked,  # some lists from `Ranker.ranked`
+    labels: Tensor,  # (Q,) classes of all queries
+    gallery_labels: Tensor,  # (N,) classes of the gallery
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (P,) which of the part's lists, j, negatives above, negatives tied
     "Every positive in the lists with its two counts."
     which = owners(part.start)
     right = gallery_labels[part.ids] == labels[part.rows][which]
@@ -31,66 +32,81 @@ def positives_in_lists(part: Ranked, # some lists from `Ranker.ranked`
     starts_run[1:] = (part.scores[1:] != part.scores[:-1]) | (which[1:] != which[:-1])
     edges = torch.cat([starts_run.nonzero()[:, 0], part.start[-1:]])
     positives, found = torch.nn.functional.pad(right.cumsum(0), (1, 0)), right.nonzero()[:, 0]
-    def wrong_before(place): return place - positives[place]
+
+    def wrong_before(place):
+        return place - positives[place]
+
     run, begin = starts_run.cumsum(0)[found] - 1, part.start[:-1][which[found]]
     above, upto = wrong_before(edges[run]), wrong_before(edges[run + 1])
     return which[found], positives[found] - positives[begin] + 1, above - wrong_before(begin), upto - above
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #b7be2631
-def pieces(part: Ranked, # some lists
-           most: int, # entries in a piece; one list may have more
-          ) -> Iterator[Ranked]: # the lists, a few at a time
+def pieces(
+    part: Ranked,  # some lists
+    most: int,  # entries in a piece; one list may have more
+) -> Iterator[Ranked]:  # the lists, a few at a time
     "Cut between lists."
     hi, group = 0, (part.start[1:] - 1) // most
     for size in group.unique_consecutive(return_counts=True)[1].tolist():
         lo, hi = hi, hi + size
-        start = part.start[lo:hi+1]
-        yield Ranked(part.rows[lo:hi], start - start[0], part.ids[start[0]:start[-1]], part.scores[start[0]:start[-1]])
+        start = part.start[lo : hi + 1]
+        yield Ranked(
+            part.rows[lo:hi], start - start[0], part.ids[start[0] : start[-1]], part.scores[start[0] : start[-1]]
+        )
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #3573dc81
-def add_at_R(values: dict[str, Tensor], # "first" int64, "MAP@R" and "R-precision" float64, (Q,) each: filled for these lists
-             rows: Tensor, # (b,) queries of the lists, none twice
-             which: Tensor, # (P,) which of the lists a positive stands in
-             j: Tensor, # (P,) its number among the positives
-             before: Tensor, # (P,) negatives before it
-             R: Tensor, # (Q,) positives of each query
-            ):
+def add_at_R(
+    values: dict[str, Tensor],  # "first" int64, "MAP@R" and "R-precision" float64, (Q,) each: filled for these lists
+    rows: Tensor,  # (b,) queries of the lists, none twice
+    which: Tensor,  # (P,) which of the lists a positive stands in
+    j: Tensor,  # (P,) its number among the positives
+    before: Tensor,  # (P,) negatives before it
+    R: Tensor,  # (Q,) positives of each query
+):
     "First rank, MAP@R and R-precision of some queries from the positives in their lists."
     rank, query = j + before, rows[which]
     inside = (rank <= R[query]).double()
     values["first"][query[j == 1]] = rank[j == 1]
-    for name, gain in (("MAP@R", j/rank.double()*inside), ("R-precision", inside)):
-        values[name][rows] = inside.new_zeros(len(rows)).index_add_(0, which, gain) / R[rows] # divided last: a perfect list gives exactly 1
+    for name, gain in (("MAP@R", j / rank.double() * inside), ("R-precision", inside)):
+        values[name][rows] = (
+            inside.new_zeros(len(rows)).index_add_(0, which, gain) / R[rows]
+        )  # divided last: a perfect list gives exactly 1
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #c2708502
 class Positives:
     "For each query the gallery rows of its class, itself left out."
-    def __init__(self,
-                 labels: Tensor, # (Q,) classes of the queries
-                 gallery_labels: Tensor, # (N,) classes of the gallery
-                 same_set: bool, # queries and gallery are the same rows
-                ):
+
+    def __init__(
+        self,
+        labels: Tensor,  # (Q,) classes of the queries
+        gallery_labels: Tensor,  # (N,) classes of the gallery
+        same_set: bool,  # queries and gallery are the same rows
+    ):
         classes, group = torch.cat([labels, gallery_labels]).unique(return_inverse=True)
         self.group, gallery_group = group.split([len(labels), len(gallery_labels)])
         self.size, self.members = gallery_group.bincount(minlength=len(classes)), gallery_group.argsort(stable=True)
         self.same_set, self.R = same_set, self.size[self.group] - int(same_set)
 
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]: # (b + 1,) where each query's positives start, (P,) gallery rows
+    def of(
+        self, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (b + 1,) where each query's positives start, (P,) gallery rows
         "The positives of some queries, one query after the other."
         n = self.size[self.group[rows]]
         begin = (self.size.cumsum(0) - self.size)[self.group[rows]] - n.cumsum(0) + n
         ids = self.members[torch.arange(int(n.sum()), device=rows.device) + begin.repeat_interleave(n)]
-        if self.same_set: ids = ids[ids != rows.repeat_interleave(n)]
+        if self.same_set:
+            ids = ids[ids != rows.repeat_interleave(n)]
         return torch.nn.functional.pad(self.R[rows].cumsum(0), (1, 0)), ids
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #75c9806d
-def first_ranks(ranker, # a `Ranker`, or anything with its methods
-                positives: Positives, # of all queries
-                rows: Tensor, # (b,) queries with at least one positive
-                memory_mb: float = 256., # budget for the scores of positives
-               ) -> tuple[Tensor, Tensor]: # (b,) rank of the first positive with ties for it, and with ties against it
+def first_ranks(
+    ranker,  # a `Ranker`, or anything with its methods
+    positives: Positives,  # of all queries
+    rows: Tensor,  # (b,) queries with at least one positive
+    memory_mb: float = 256.0,  # budget for the scores of positives
+) -> tuple[Tensor, Tensor]:  # (b,) rank of the first positive with ties for it, and with ties against it
     "Rank of the first positive, however deep, by counting."
-    step = max(1, int(memory_mb*2**20 / 64) // max(1, int(positives.R[rows].max())))
+    step = max(1, int(memory_mb * 2**20 / 64) // max(1, int(positives.R[rows].max())))
     best, ties = rows.new_zeros(len(rows), dtype=torch.float32), torch.zeros_like(rows)
     for some in torch.arange(len(rows), device=rows.device).split(step):
         start, ids = positives.of(rows[some])
@@ -101,8 +117,9 @@ def first_ranks(ranker, # a `Ranker`, or anything with its methods
     return above + 1, above + equal - ties + 1
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #712bf3cf
-def encode_labels(*groups: Iterable, # lists of names, such as those of queries and of the gallery
-                 ) -> tuple: # an int64 tensor for each list, then the sorted names
+def encode_labels(
+    *groups: Iterable,  # lists of names, such as those of queries and of the gallery
+) -> tuple:  # an int64 tensor for each list, then the sorted names
     "Number the distinct names of all lists together."
     groups = [list(group) for group in groups]
     classes = sorted(set().union(*groups))
@@ -110,93 +127,124 @@ def encode_labels(*groups: Iterable, # lists of names, such as those of queries 
     return *(torch.tensor([number[name] for name in group], dtype=torch.int64) for group in groups), classes
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #80047613
-LONG = 1/24 # share of the gallery from which on a list is long
+LONG = 1 / 24  # share of the gallery from which on a list is long
 
-def _at_R(ranker, labels: Tensor, gallery_labels: Tensor, positives: Positives, rows: Tensor, memory_mb: float) -> Iterator[tuple[Tensor, ...]]:
+
+def _at_R(
+    ranker, labels: Tensor, gallery_labels: Tensor, positives: Positives, rows: Tensor, memory_mb: float
+) -> Iterator[tuple[Tensor, ...]]:
     "For some rows at a time: the rows, then for their positives which row, j, negatives above and tied."
     R = positives.R[rows]
-    long = R > LONG*len(gallery_labels) if type(ranker) is Ranker and ranker.metric == "cosine" else torch.zeros_like(R, dtype=torch.bool)
-    if long.any(): yield from positives_in_rows(ranker, positives, rows[long], memory_mb)
-    if long.all(): return
+    long = (
+        R > LONG * len(gallery_labels)
+        if type(ranker) is Ranker and ranker.metric == "cosine"
+        else torch.zeros_like(R, dtype=torch.bool)
+    )
+    if long.any():
+        yield from positives_in_rows(ranker, positives, rows[long], memory_mb)
+    if long.all():
+        return
     for part in ranker.ranked(R[~long], rows[~long]):
-        for piece in pieces(part, max(4096, int(memory_mb*2**10))): yield piece.rows, *positives_in_lists(piece, labels, gallery_labels)
+        for piece in pieces(part, max(4096, int(memory_mb * 2**10))):
+            yield piece.rows, *positives_in_lists(piece, labels, gallery_labels)
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #f3f37bfa
 @torch.no_grad()
-def each_query(embeddings: Tensor, # (Q, D) query embeddings
-               labels: Tensor, # (Q,) their classes
-               gallery: Tensor | None = None, # (N, D); None: the queries are the gallery, each one left out for itself
-               gallery_labels: Tensor | None = None, # (N,) classes of the gallery
-               recall_at: Iterable[int] = (1, 2, 4, 8), # the K of Recall@K
-               mrr: bool = False, # reciprocal rank, exact however deep the first positive stands
-               ranker=None, # with `ranked`, `counts` and `pair_scores` as `Ranker` has them; None: by cosine similarity
-               memory_mb: float = 256., # budget for working memory, beside a copy of the gallery in low precision
-               progress: bool = True, # show a bar if it takes more than a few seconds
-              ) -> dict[str, dict[str, Tensor]]: # "optimistic" and "pessimistic": name -> (Q,) values, NaN where left out
+def each_query(
+    embeddings: Tensor,  # (Q, D) query embeddings
+    labels: Tensor,  # (Q,) their classes
+    gallery: Tensor | None = None,  # (N, D); None: the queries are the gallery, each one left out for itself
+    gallery_labels: Tensor | None = None,  # (N,) classes of the gallery
+    recall_at: Iterable[int] = (1, 2, 4, 8),  # the K of Recall@K
+    mrr: bool = False,  # reciprocal rank, exact however deep the first positive stands
+    ranker=None,  # with `ranked`, `counts` and `pair_scores` as `Ranker` has them; None: by cosine similarity
+    memory_mb: float = 256.0,  # budget for working memory, beside a copy of the gallery in low precision
+    progress: bool = True,  # show a bar if it takes more than a few seconds
+) -> dict[str, dict[str, Tensor]]:  # "optimistic" and "pessimistic": name -> (Q,) values, NaN where left out
     "Every metric of every query, under both readings of ties."
     (x, y, g, gallery_y), recall_at = checked(embeddings, labels, gallery, gallery_labels), depths(recall_at)
     positives = Positives(y, gallery_y, same_set=g is None)
     R, rows = positives.R, positives.R.nonzero()[:, 0]
-    if not len(rows): raise ValueError("no query has an image of its class to find: are these the labels of these embeddings, "
-                                       "and do query and gallery number their classes alike (`encode_labels`)?")
+    if not len(rows):
+        raise ValueError(
+            "no query has an image of its class to find: are these the labels of these embeddings, "
+            "and do query and gallery number their classes alike (`encode_labels`)?"
+        )
     ranker, best, worst = ranker or Ranker(x, g, memory_mb=memory_mb, progress=progress), _nothing(R), _nothing(R)
     for some, which, j, above, tied in _at_R(ranker, y, gallery_y, positives, rows, memory_mb):
         add_at_R(best, some, which, j, above, R)
         add_at_R(worst, some, which, j, above + tied, R)
     deep = rows[(best["first"][rows] == 0) & (mrr | (R[rows] < max(recall_at)))]
-    if len(deep): best["first"][deep], worst["first"][deep] = first_ranks(ranker, positives, deep, memory_mb)
+    if len(deep):
+        best["first"][deep], worst["first"][deep] = first_ranks(ranker, positives, deep, memory_mb)
     return {name: _named(values, R, recall_at, mrr) for name, values in (("optimistic", best), ("pessimistic", worst))}
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #5a760725
 def _nothing(R: Tensor) -> dict[str, Tensor]:
-    "For `add_at_R`; \"first\" stays 0 where no positive is found."
-    return dict(first=torch.zeros_like(R)) | {name: torch.zeros_like(R, dtype=torch.float64) for name in ("MAP@R", "R-precision")}
+    'For `add_at_R`; "first" stays 0 where no positive is found.'
+    return dict(first=torch.zeros_like(R)) | {
+        name: torch.zeros_like(R, dtype=torch.float64) for name in ("MAP@R", "R-precision")
+    }
+
 
 def _named(values: dict, R: Tensor, recall_at, mrr: bool) -> dict[str, Tensor]:
     "The columns as they are reported; a query without a positive is a miss, and is left out of the rest."
     first, alone = values["first"], R == 0
     named = {f"R@{K}": ((first > 0) & (first <= K)).double() for K in recall_at}
-    if mrr: values = values | {"MRR": 1/first.double()}
-    return named | {name: values[name].masked_fill(alone, torch.nan).double() for name in ("MAP@R", "R-precision") + ("MRR",)*mrr}
+    if mrr:
+        values = values | {"MRR": 1 / first.double()}
+    return named | {
+        name: values[name].masked_fill(alone, torch.nan).double() for name in ("MAP@R", "R-precision") + ("MRR",) * mrr
+    }
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #cfd3bb35
 EXTRA = ("MRR", "AMI", "distances", "spectrum")
 
-def evaluate(embeddings: Tensor, # (Q, D) query embeddings: tensor, array or memory map
-             labels: Tensor, # (Q,) their classes, integers
-             gallery: Tensor | None = None, # (N, D); None: the queries are the gallery, each one left out for itself
-             gallery_labels: Tensor | None = None, # (N,) classes of the gallery
-             recall_at: tuple[int, ...] = (1, 2, 4, 8), # the K of Recall@K
-             ties: str = "optimistic", # equal scores count for ("optimistic") or against ("pessimistic") the positive
-             with_nmi: bool = True, # also cluster the queries; the slowest part on large sets
-             memory_mb: float = 256., # budget for working memory of the ranks, beside a copy of the gallery in low precision
-             extra: tuple[str, ...] = (), # any of "MRR", "AMI", "distances" (intra, inter and their ratio) and "spectrum"
-             seed: int = 0, # of k-means
-             kmeans_backend: str = "auto", # of NMI and AMI: "faiss", "sklearn", or "auto"; the two differ, see `default_backend`
-             progress: bool = True, # show a bar if ranking takes more than a few seconds
-            ) -> dict[str, float]: # "R@1" ... "MAP@R", "R-precision", "NMI" in [0, 1]; AMI may be negative, distances reach 2
+
+def evaluate(
+    embeddings: Tensor,  # (Q, D) query embeddings: tensor, array or memory map
+    labels: Tensor,  # (Q,) their classes, integers
+    gallery: Tensor | None = None,  # (N, D); None: the queries are the gallery, each one left out for itself
+    gallery_labels: Tensor | None = None,  # (N,) classes of the gallery
+    recall_at: tuple[int, ...] = (1, 2, 4, 8),  # the K of Recall@K
+    ties: str = "optimistic",  # equal scores count for ("optimistic") or against ("pessimistic") the positive
+    with_nmi: bool = True,  # also cluster the queries; the slowest part on large sets
+    memory_mb: float = 256.0,  # budget for working memory of the ranks, beside a copy of the gallery in low precision
+    extra: tuple[str, ...] = (),  # any of "MRR", "AMI", "distances" (intra, inter and their ratio) and "spectrum"
+    seed: int = 0,  # of k-means
+    kmeans_backend: str = "auto",  # of NMI and AMI: "faiss", "sklearn", or "auto"; the two differ, see `default_backend`
+    progress: bool = True,  # show a bar if ranking takes more than a few seconds
+) -> dict[str, float]:  # "R@1" ... "MAP@R", "R-precision", "NMI" in [0, 1]; AMI may be negative, distances reach 2
     "Retrieval metrics as the papers define them, exact and without a full similarity matrix."
     for name in extra:
-        if name not in EXTRA: raise unknown("extra metric", name, EXTRA)
-    if ties not in ("optimistic", "pessimistic"): raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
+        if name not in EXTRA:
+            raise unknown("extra metric", name, EXTRA)
+    if ties not in ("optimistic", "pessimistic"):
+        raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
     x, y, g, gallery_y = checked(embeddings, labels, gallery, gallery_labels)
     both = each_query(x, y, g, None if g is None else gallery_y, recall_at, "MRR" in extra, None, memory_mb, progress)
     means = {rule: {name: v.nanmean().item() for name, v in values.items()} for rule, values in both.items()}
     _report_ties(**means)
-    return means[ties] | _geometry(x, y, ("NMI",)*with_nmi + tuple(extra), seed, kmeans_backend)
+    return means[ties] | _geometry(x, y, ("NMI",) * with_nmi + tuple(extra), seed, kmeans_backend)
 
 # %% ../../nbs/50_retrieval/08_metrics.ipynb #c5a7515d
 def _report_ties(optimistic: dict, pessimistic: dict):
     "Warn when equal similarities decide the result."
     m = max(optimistic, key=lambda m: optimistic[m] - pessimistic[m])
-    if optimistic[m] - pessimistic[m] > .001:
-        warnings.warn(f"equal similarities change the result: {m} is {optimistic[m]:.4f} if ties count for the positive "
-                      f"and {pessimistic[m]:.4f} if against; are embeddings duplicated or collapsed?")
+    if optimistic[m] - pessimistic[m] > 0.001:
+        warnings.warn(
+            f"equal similarities change the result: {m} is {optimistic[m]:.4f} if ties count for the positive "
+            f"and {pessimistic[m]:.4f} if against; are embeddings duplicated or collapsed?"
+        )
+
 
 def _geometry(x: Tensor, y: Tensor, names: tuple[str, ...], seed: int, backend: str) -> dict[str, float]:
     "The metrics that look at the queries' embeddings as a cloud, not at lists."
     values = {}
-    if agreement := [name for name in ("NMI", "AMI") if name in names]: values |= cluster_agreement(x, y, agreement, seed, backend=backend)
-    if "distances" in names: values |= class_distances(x, y)
-    if "spectrum" in names: values |= spectrum(x)
+    if agreement := [name for name in ("NMI", "AMI") if name in names]:
+        values |= cluster_agreement(x, y, agreement, seed, backend=backend)
+    if "distances" in names:
+        values |= class_distances(x, y)
+    if "spectrum" in names:
+        values |= spectrum(x)
     return values

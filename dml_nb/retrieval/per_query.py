@@ -11,39 +11,49 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..core.similarity import unknown
 from .inputs import checked
 from .metrics import each_query
 from .ranker import Ranker
-from ..core.similarity import unknown
 
 # %% ../../nbs/50_retrieval/09_per_query.ipynb #bcbebaa6
 @torch.no_grad()
-def per_query(embeddings: Tensor, # (Q, D) query embeddings
-              labels: Tensor, # (Q,) their classes
-              gallery: Tensor | None = None, # (N, D); None: the queries are the gallery
-              gallery_labels: Tensor | None = None, # (N,) classes of the gallery
-              recall_at: tuple[int, ...] = (1, 2, 4, 8), # the K of Recall@K
-              ties: str = "optimistic", # or "pessimistic"
-              memory_mb: float = 256., # budget for working memory, beside a copy of the gallery in low precision
-              progress: bool = True, # show a bar if it takes more than a few seconds
-             ) -> pd.DataFrame: # Q lines: label, id and label of the nearest image, similarity, R@K, MAP@R, R-precision, MRR
+def per_query(
+    embeddings: Tensor,  # (Q, D) query embeddings
+    labels: Tensor,  # (Q,) their classes
+    gallery: Tensor | None = None,  # (N, D); None: the queries are the gallery
+    gallery_labels: Tensor | None = None,  # (N,) classes of the gallery
+    recall_at: tuple[int, ...] = (1, 2, 4, 8),  # the K of Recall@K
+    ties: str = "optimistic",  # or "pessimistic"
+    memory_mb: float = 256.0,  # budget for working memory, beside a copy of the gallery in low precision
+    progress: bool = True,  # show a bar if it takes more than a few seconds
+) -> pd.DataFrame:  # Q lines: label, id and label of the nearest image, similarity, R@K, MAP@R, R-precision, MRR
     "Every metric of every query; NaN where a query is left out because its class has no other image."
-    if ties not in ("optimistic", "pessimistic"): raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
+    if ties not in ("optimistic", "pessimistic"):
+        raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
     x, y, g, gallery_y = checked(embeddings, labels, gallery, gallery_labels)
     ranker = Ranker(x, g, memory_mb=memory_mb, progress=progress)
     values = each_query(x, y, g, None if g is None else gallery_y, recall_at, True, ranker, memory_mb)[ties]
-    firsts = [(part.ids[part.start[:-1]], part.scores[part.start[:-1]]) for part in ranker.ranked(1)] # not their ties: those can be many
+    firsts = [
+        (part.ids[part.start[:-1]], part.scores[part.start[:-1]]) for part in ranker.ranked(1)
+    ]  # not their ties: those can be many
     ids, scores = map(torch.cat, zip(*firsts))
     columns = dict(label=y, nearest=ids, nearest_label=gallery_y[ids], similarity=scores) | values
     return pd.DataFrame({name: v.cpu().numpy() for name, v in columns.items()}).rename_axis("query")
 
 # %% ../../nbs/50_retrieval/09_per_query.ipynb #5bc1557a
-METRIC_COLUMNS = ("R@", "MAP@R", "R-precision", "MRR") # how their names begin
+METRIC_COLUMNS = ("R@", "MAP@R", "R-precision", "MRR")  # how their names begin
 
-def _metrics(frame: pd.DataFrame) -> list[str]: return [name for name in frame if name.startswith(METRIC_COLUMNS)]
 
-def per_class(queries: pd.DataFrame, # from `per_query`
-             ) -> pd.DataFrame: # a line a class, worst first: number of queries, mean of every metric, the class it is mistaken for most
+def _metrics(frame: pd.DataFrame) -> list[str]:
+    return [name for name in frame if name.startswith(METRIC_COLUMNS)]
+
+
+def per_class(
+    queries: pd.DataFrame,  # from `per_query`
+) -> (
+    pd.DataFrame
+):  # a line a class, worst first: number of queries, mean of every metric, the class it is mistaken for most
     "Which classes fail, and what for."
     wrong = queries[queries["label"] != queries["nearest_label"]].groupby("label")["nearest_label"]
     means = queries.groupby("label")[_metrics(queries)].mean()
@@ -52,22 +62,27 @@ def per_class(queries: pd.DataFrame, # from `per_query`
     return means.sort_values("MAP@R")
 
 # %% ../../nbs/50_retrieval/09_per_query.ipynb #459477a9
-def intervals(queries: pd.DataFrame, # from `per_query`
-              baseline: pd.DataFrame | None = None, # of another model on the same queries: intervals of the differences
-              by: str = "class", # what is drawn: whole classes ("class") or single queries ("query")
-              draws: int = 2000, # of the bootstrap
-              level: float = .95, # share of the draws inside the interval
-              seed: int = 0, # of the draws
-             ) -> pd.DataFrame: # a line a metric: value, low, high
+def intervals(
+    queries: pd.DataFrame,  # from `per_query`
+    baseline: pd.DataFrame | None = None,  # of another model on the same queries: intervals of the differences
+    by: str = "class",  # what is drawn: whole classes ("class") or single queries ("query")
+    draws: int = 2000,  # of the bootstrap
+    level: float = 0.95,  # share of the draws inside the interval
+    seed: int = 0,  # of the draws
+) -> pd.DataFrame:  # a line a metric: value, low, high
     "Bootstrap intervals of every metric."
-    if by not in ("class", "query"): raise unknown("group to draw", by, ("class", "query"))
-    if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}: 95 % is 0.95.")
-    if draws < 1: raise ValueError(f"draws must be at least 1, got {draws}.")
+    if by not in ("class", "query"):
+        raise unknown("group to draw", by, ("class", "query"))
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}: 95 % is 0.95.")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}.")
     values = queries[_metrics(queries)]
-    if baseline is not None: values = values - _same_queries(baseline, queries)[values.columns]
+    if baseline is not None:
+        values = values - _same_queries(baseline, queries)[values.columns]
     group = queries["label"] if by == "class" else queries.index
     S, n = values.groupby(group).sum().to_numpy(), values.notna().groupby(group).sum().to_numpy()
-    means, tails = _draws(S, n, draws, np.random.default_rng(seed)), [(1 - level)/2, (1 + level)/2]
+    means, tails = _draws(S, n, draws, np.random.default_rng(seed)), [(1 - level) / 2, (1 + level) / 2]
     low, high = np.nanquantile(means, tails, axis=0)
     return pd.DataFrame(dict(value=values.mean(), low=low, high=high)).rename_axis("metric")
 
@@ -80,6 +95,8 @@ def _draws(S: np.ndarray, n: np.ndarray, draws: int, rng: np.random.Generator) -
         np.divide(w @ S, w @ n, out=means[i], where=w @ n > 0)
     return means
 
+
 def _same_queries(baseline: pd.DataFrame, queries: pd.DataFrame) -> pd.DataFrame:
-    if not queries["label"].equals(baseline["label"]): raise ValueError("queries and baseline must be the same queries in the same order: their labels differ.")
+    if not queries["label"].equals(baseline["label"]):
+        raise ValueError("queries and baseline must be the same queries in the same order: their labels differ.")
     return baseline

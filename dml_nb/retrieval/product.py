@@ -14,48 +14,73 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from .exact_scores import METRICS, UP, Lowered, as_rows, check_pair, fast_dtype, float_rows, full_sums, lower, pair_scores
 from ..core.similarity import unknown
+from dml_nb.retrieval.exact_scores import (
+    METRICS,
+    UP,
+    Lowered,
+    as_rows,
+    check_pair,
+    fast_dtype,
+    float_rows,
+    full_sums,
+    lower,
+    pair_scores,
+)
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #ff5a61c6
-def check_finite(x: Tensor, # (N, D)
-                 name: str, # "query" or "gallery", for the error
-                 piece: int = 8192, # rows at a time
-                ) -> float: # largest magnitude
+def check_finite(
+    x: Tensor,  # (N, D)
+    name: str,  # "query" or "gallery", for the error
+    piece: int = 8192,  # rows at a time
+) -> float:  # largest magnitude
     "Raise `ValueError` for NaN or infinity, naming the first row."
-    most = 0.
+    most = 0.0
     for lo in range(0, len(x), piece):
-        ends = torch.stack(x[lo:lo+piece].aminmax()).float().abs()
+        ends = torch.stack(x[lo : lo + piece].aminmax()).float().abs()
         if not ends.isfinite().all():
-            bad = lo + x[lo:lo+piece].float().isfinite().all(1).logical_not().nonzero()[0].item()
-            if x[bad].isfinite().all(): raise ValueError(f"{name} contains numbers that overflow float32, first in row {bad}: scale them.")
-            raise ValueError(f"{name} contains NaN or infinity, first in row {bad}: check the model's output for that image.")
+            bad = lo + x[lo : lo + piece].float().isfinite().all(1).logical_not().nonzero()[0].item()
+            if x[bad].isfinite().all():
+                raise ValueError(f"{name} contains numbers that overflow float32, first in row {bad}: scale them.")
+            raise ValueError(
+                f"{name} contains NaN or infinity, first in row {bad}: check the model's output for that image."
+            )
         most = max(most, ends.max().item())
     return most
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #5adf6124
-def far_rows(norm: Tensor # (N,) lengths of the centred gallery rows
-            ) -> Tensor: # ids, at most 1/200 of them and one more
+def far_rows(
+    norm: Tensor,  # (N,) lengths of the centred gallery rows
+) -> Tensor:  # ids, at most 1/200 of them and one more
     "Rows that are four times as long as all but a few."
-    most = len(norm)//200 + 1
+    most = len(norm) // 200 + 1
     rest = norm.topk(min(most + 1, len(norm))).values[-1]
-    return (norm > 4*rest).nonzero()[:, 0]
+    return (norm > 4 * rest).nonzero()[:, 0]
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #dd6a7b3a
 class Product:
     "Products of queries with a gallery, prepared once and used for any number of passes."
-    def __init__(self,
-                 query, # (Q, D) tensor, array or memory map
-                 gallery = None, # (N, D); None: the queries, each one left out for itself
-                 metric: str = "cosine", # "cosine", "inner" or "euclidean"
-                 exclude: Tensor | None = None, # (Q,) gallery id to leave out for each query, -1 for none
-                 memory_mb: float = 256., # budget for working memory, beside the copy of the gallery in low precision
-                 precision: str = "auto", # of the first pass: "bfloat16", "float32", or the faster that the hardware has
-                 progress: bool = True, # show a bar if it takes more than a few seconds
-                ):
-        if metric not in METRICS: raise unknown("metric", metric, METRICS)
-        if not 0 < memory_mb < float("inf"): raise ValueError(f"memory_mb must be a positive number of megabytes, got {memory_mb}.")
-        self.query, self.metric, self.memory, self.progress = as_rows(query, "query"), metric, memory_mb * 2**20, progress
+
+    def __init__(
+        self,
+        query,  # (Q, D) tensor, array or memory map
+        gallery=None,  # (N, D); None: the queries, each one left out for itself
+        metric: str = "cosine",  # "cosine", "inner" or "euclidean"
+        exclude: Tensor | None = None,  # (Q,) gallery id to leave out for each query, -1 for none
+        memory_mb: float = 256.0,  # budget for working memory, beside the copy of the gallery in low precision
+        precision: str = "auto",  # of the first pass: "bfloat16", "float32", or the faster that the hardware has
+        progress: bool = True,  # show a bar if it takes more than a few seconds
+    ):
+        if metric not in METRICS:
+            raise unknown("metric", metric, METRICS)
+        if not 0 < memory_mb < float("inf"):
+            raise ValueError(f"memory_mb must be a positive number of megabytes, got {memory_mb}.")
+        self.query, self.metric, self.memory, self.progress = (
+            as_rows(query, "query"),
+            metric,
+            memory_mb * 2**20,
+            progress,
+        )
         self.gallery = self.query if gallery is None else as_rows(gallery, "gallery")
         check_pair(self.query, self.gallery)
         self.Q, self.N, self.device = len(self.query), len(self.gallery), self.gallery.device
@@ -63,7 +88,9 @@ class Product:
         if self.N == 1 and self.exclude is not None and (self.exclude == 0).any():
             raise ValueError("the gallery's only row is the query itself: nothing is left to rank.")
         self.dtype = fast_dtype(self.device, precision)
-        self.rounding = (2**-8 if self.dtype == torch.bfloat16 else 0) + 2**-20 # of a stored product and of a threshold
+        self.rounding = (
+            2**-8 if self.dtype == torch.bfloat16 else 0
+        ) + 2**-20  # of a stored product and of a threshold
         self._prepare()
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #ffe6d330
@@ -71,18 +98,26 @@ class Product:
 def _prepare(self: Product):
     most = [check_finite(x, name) for name, x in {"query": self.query, "gallery": self.gallery}.items()]
     cosine = self.metric == "cosine"
-    if (max(most)**2 if cosine else most[0]*most[1]) * self.gallery.shape[1] > 1e38:
-        raise ValueError(f"inner products of these embeddings, of numbers up to {max(most):.0e}, overflow float32: scale them.")
-    self.scale = 1. if cosine else 2.**-torch.tensor(max(most)).frexp().exponent.clamp(-120, 120).item()
-    self.center = self._scaled(self.gallery, torch.arange(0, self.N, -(-self.N//1024), device=self.device)).mean(0)
-    self.low = torch.zeros(-(-self.N//64)*64, self._lower(self.center[None], True).rows.shape[1], dtype=self.dtype, device=self.device)
-    step, size = max(1, min(8192, int(self.memory) // (40*self.gallery.shape[1]))), self.gallery.numel()
-    norm, error, self.full = (torch.cat(x) for x in zip(*(self._fill(lo, min(lo + step, self.N)) for lo in range(0, self.N, step))))
+    if (max(most) ** 2 if cosine else most[0] * most[1]) * self.gallery.shape[1] > 1e38:
+        raise ValueError(
+            f"inner products of these embeddings, of numbers up to {max(most):.0e}, overflow float32: scale them."
+        )
+    self.scale = 1.0 if cosine else 2.0 ** -torch.tensor(max(most)).frexp().exponent.clamp(-120, 120).item()
+    self.center = self._scaled(self.gallery, torch.arange(0, self.N, -(-self.N // 1024), device=self.device)).mean(0)
+    self.low = torch.zeros(
+        -(-self.N // 64) * 64, self._lower(self.center[None], True).rows.shape[1], dtype=self.dtype, device=self.device
+    )
+    step, size = max(1, min(8192, int(self.memory) // (40 * self.gallery.shape[1]))), self.gallery.numel()
+    norm, error, self.full = (
+        torch.cat(x) for x in zip(*(self._fill(lo, min(lo + step, self.N)) for lo in range(0, self.N, step)))
+    )
     self.far = far_rows(norm)
-    self.norm, self.error, self.length = (x.index_fill(0, self.far, 0.).max().item() for x in (norm, error, self.full))
-    self.rows = float_rows(self.gallery, slice(None), self.metric) if 4*size <= self.memory/2 else None # float32, if they fit
-    self.exact = self.rows.double() if 8*size <= self.memory/4 else None
-    self.free = self.memory - sum(x.numel()*x.element_size() for x in (self.rows, self.exact) if x is not None)
+    self.norm, self.error, self.length = (x.index_fill(0, self.far, 0.0).max().item() for x in (norm, error, self.full))
+    self.rows = (
+        float_rows(self.gallery, slice(None), self.metric) if 4 * size <= self.memory / 2 else None
+    )  # float32, if they fit
+    self.exact = self.rows.double() if 8 * size <= self.memory / 4 else None
+    self.free = self.memory - sum(x.numel() * x.element_size() for x in (self.rows, self.exact) if x is not None)
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #2f00cf96
 @patch
@@ -92,18 +127,21 @@ def _fill(self: Product, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
     low = self._lower(x - self.center, True, self.low[lo:hi])
     return low.norm, low.error, torch.linalg.vector_norm(x, dim=1) * UP
 
+
 @patch
 def _scaled(self: Product, x: Tensor, ids) -> Tensor:
     rows = float_rows(x, ids, self.metric)
     return rows if self.scale == 1 else rows * self.scale
 
+
 @patch
 def _lower(self: Product, x: Tensor, of_gallery: bool, out: Tensor | None = None) -> Lowered:
     "Rows for the product; those for distances have three more columns, 1 for a query and -|g|^2/2 in three parts for the gallery."
-    if self.metric != "euclidean": return lower(x, self.dtype, out=out)
+    if self.metric != "euclidean":
+        return lower(x, self.dtype, out=out)
     low, D = lower(x, self.dtype, 3, out), x.shape[1]
     rest = -x.double().square().sum(1) / 2
-    for column in low.rows[:, D:D+3].unbind(1):
+    for column in low.rows[:, D : D + 3].unbind(1):
         column[:] = rest if of_gallery else 1
         rest = rest - column.double()
     return low
@@ -112,56 +150,67 @@ def _lower(self: Product, x: Tensor, of_gallery: bool, out: Tensor | None = None
 @dataclass
 class Chunk:
     "Queries at work."
-    rows: Tensor # (b,) query rows
-    exact: Tensor # (b, D) float64, what scores are computed from
-    low: Tensor # (b, D') what the product is computed from
-    bound: Tensor # (b,) float64, of the product's error
+
+    rows: Tensor  # (b,) query rows
+    exact: Tensor  # (b, D) float64, what scores are computed from
+    low: Tensor  # (b, D') what the product is computed from
+    bound: Tensor  # (b,) float64, of the product's error
+
 
 @patch
 def _chunk(self: Product, rows: Tensor) -> Chunk:
     euclid, x = self.metric == "euclidean", float_rows(self.query, rows, self.metric)
     scaled = x if self.scale == 1 else x * self.scale
     low = self._lower(scaled - self.center if euclid else scaled, False)
-    n, e, extra = low.norm.double(), low.error.double(), self.norm**2/2 if euclid else 0.
-    sums = 2**-23 * low.rows.shape[1] * ((n + e)*(self.norm + self.error) + extra)
-    ties = 2**-22 * ((n + self.norm)**2 if euclid else n*self.length) + 2**-149*self.scale**2
-    return Chunk(rows, x.double(), low.rows, e*self.norm + (n + e)*self.error + sums + ties + 2**-21*extra + 2**-100)
+    n, e, extra = low.norm.double(), low.error.double(), self.norm**2 / 2 if euclid else 0.0
+    sums = 2**-23 * low.rows.shape[1] * ((n + e) * (self.norm + self.error) + extra)
+    ties = 2**-22 * ((n + self.norm) ** 2 if euclid else n * self.length) + 2**-149 * self.scale**2
+    return Chunk(
+        rows, x.double(), low.rows, e * self.norm + (n + e) * self.error + sums + ties + 2**-21 * extra + 2**-100
+    )
+
 
 @patch
 def _chunks(self: Product, rows: Tensor | None, width: int = 1) -> Iterator[Chunk]:
     "As many queries at a time as half of the budget allows, with a product and maxima of its blocks of some width."
     rows, entry = torch.arange(self.Q, device=self.device) if rows is None else rows, self.low.element_size()
-    per_row = self.low.shape[0]*(entry + (entry + 9)/width) + 40*self.gallery.shape[1]
+    per_row = self.low.shape[0] * (entry + (entry + 9) / width) + 40 * self.gallery.shape[1]
     with tqdm(total=len(rows), delay=4, unit=" queries", leave=False, disable=not self.progress) as bar:
-        for some in rows.split(min(1024, max(1, int(self.free/2 / per_row)))):
+        for some in rows.split(min(1024, max(1, int(self.free / 2 / per_row)))):
             yield self._chunk(some)
             bar.update(len(some))
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #6d7500b6
 @patch
-def _product(self: Product, chunk: Chunk) -> Tensor: # (b, N') in low precision
-    with full_sums(self.device): product = chunk.low @ self.low.T
-    product[:, self.far], product[:, self.N:] = torch.inf, -torch.inf
+def _product(self: Product, chunk: Chunk) -> Tensor:  # (b, N') in low precision
+    with full_sums(self.device):
+        product = chunk.low @ self.low.T
+    product[:, self.far], product[:, self.N :] = torch.inf, -torch.inf
     if self.exclude is not None:
         own = self.exclude[chunk.rows]
         product[(own >= 0).nonzero()[:, 0], own[own >= 0]] = -torch.inf
     return product
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #ba3c1168
-def owners(start: Tensor # (b+1,) offsets
-          ) -> Tensor: # (M,) the list that each entry belongs to
+def owners(
+    start: Tensor,  # (b+1,) offsets
+) -> Tensor:  # (M,) the list that each entry belongs to
     "Row numbers of a flat list of lists."
     return torch.arange(len(start) - 1, device=start.device).repeat_interleave(start.diff(), output_size=int(start[-1]))
 
-def offsets(row: Tensor, # (M,) ascending row numbers
-            b: int, # number of rows
-           ) -> Tensor: # (b+1,)
+
+def offsets(
+    row: Tensor,  # (M,) ascending row numbers
+    b: int,  # number of rows
+) -> Tensor:  # (b+1,)
     "Offsets of a flat list of lists from its row numbers."
     return torch.nn.functional.pad(torch.bincount(row, minlength=b).cumsum(0), (1, 0))
 
-def pieces(sizes: Tensor, # (b,) what each row takes
-           limit: float, # how much at a time
-          ) -> Iterator[tuple[int, int]]: # first row, end
+
+def pieces(
+    sizes: Tensor,  # (b,) what each row takes
+    limit: float,  # how much at a time
+) -> Iterator[tuple[int, int]]:  # first row, end
     "Cut rows where their sizes add up to about `limit`; a larger one is alone, or with the rest before it."
     group, hi = sizes.cumsum(0) // max(1, int(limit)), 0
     for size in group.unique_consecutive(return_counts=True)[1].tolist():
@@ -169,32 +218,47 @@ def pieces(sizes: Tensor, # (b,) what each row takes
         yield lo, hi
 
 # %% ../../nbs/50_retrieval/02_product.ipynb #7d9e0268
-ENTRY = 160 # bytes that a pair takes at most while it is found, scored and sorted
+ENTRY = 160  # bytes that a pair takes at most while it is found, scored and sorted
+
 
 @patch
 def _pairs(self: Product, exact: Tensor, start: Tensor, ids: Tensor) -> Tensor:
     "Exact scores of pairs; reads only the gallery rows that occur, as many at a time as the budget allows."
-    if not len(ids): return ids.new_empty(0, dtype=torch.float32)
-    if self.exact is not None: return pair_scores(exact, self.exact, start, ids, self.metric, self.free/4)
+    if not len(ids):
+        return ids.new_empty(0, dtype=torch.float32)
+    if self.exact is not None:
+        return pair_scores(exact, self.exact, start, ids, self.metric, self.free / 4)
     used = torch.zeros(self.N, dtype=torch.bool, device=self.device).index_fill_(0, ids, True)
-    some, place, step = used.nonzero()[:, 0], (used.cumsum(0) - 1)[ids], max(1, int(max(self.free/4, 2**18)) // (24*exact.shape[1]))
+    some, place, step = (
+        used.nonzero()[:, 0],
+        (used.cumsum(0) - 1)[ids],
+        max(1, int(max(self.free / 4, 2**18)) // (24 * exact.shape[1])),
+    )
     row, scores = owners(start), torch.empty(len(ids), dtype=torch.float32, device=self.device)
     for lo, part in zip(range(0, len(some), step), some.split(step)):
         here = ((place >= lo) & (place < lo + step)).nonzero()[:, 0]
         rows = float_rows(self.gallery, part, self.metric) if self.rows is None else self.rows[part]
-        scores[here] = pair_scores(exact, rows.double(), offsets(row[here], len(exact)), place[here] - lo, self.metric, self.free/8)
+        scores[here] = pair_scores(
+            exact, rows.double(), offsets(row[here], len(exact)), place[here] - lo, self.metric, self.free / 8
+        )
     return scores
+
 
 @patch
 @torch.no_grad()
-def pair_scores(self: Product,
-                rows: Tensor, # (b,) query rows
-                start: Tensor, # (b+1,) offsets into `ids`
-                ids: Tensor, # (M,) gallery ids
-               ) -> Tensor: # (M,) float32
+def pair_scores(
+    self: Product,
+    rows: Tensor,  # (b,) query rows
+    start: Tensor,  # (b+1,) offsets into `ids`
+    ids: Tensor,  # (M,) gallery ids
+) -> Tensor:  # (M,) float32
     "Exact scores of chosen pairs."
     parts = []
-    for lo, hi in pieces(ENTRY*start.diff() + 16*self.query.shape[1], self.free/2):
-        ends = start[lo:hi+1]
-        parts.append(self._pairs(float_rows(self.query, rows[lo:hi], self.metric).double(), ends - ends[0], ids[ends[0]:ends[-1]]))
+    for lo, hi in pieces(ENTRY * start.diff() + 16 * self.query.shape[1], self.free / 2):
+        ends = start[lo : hi + 1]
+        parts.append(
+            self._pairs(
+                float_rows(self.query, rows[lo:hi], self.metric).double(), ends - ends[0], ids[ends[0] : ends[-1]]
+            )
+        )
     return torch.cat(parts)

@@ -20,35 +20,39 @@ from .product import ENTRY, Chunk, Product, offsets, owners, pieces
 class Ranker(Product):
     "Exact ranks of gallery rows for queries."
 
+
 @patch
 def _below(self: Ranker, x: Tensor) -> Tensor:
     "What a stored product is at least, if the product was at least `x`; and the other way round."
-    return x - self.rounding*x.abs()
+    return x - self.rounding * x.abs()
+
 
 @patch
 def _survivors(self: Ranker, product: Tensor, best: Tensor, floor: Tensor) -> Iterator[tuple]:
     "(first query, end, row of each entry, gallery ids, values) of products not below `floor`; `best` are the maxima of blocks."
     hit, floor, width = best >= floor[:, None], floor.float(), product.shape[1] // best.shape[1]
-    for lo, hi in pieces(hit.sum(1)*width, self.free/2 / ENTRY):
+    for lo, hi in pieces(hit.sum(1) * width, self.free / 2 / ENTRY):
         row, block = hit[lo:hi].nonzero(as_tuple=True)
         values = product[lo:hi].view(hi - lo, width, -1)[row, :, block]
         entry, step = ((values >= floor[lo:hi][row, None]) & ~values.isneginf()).nonzero(as_tuple=True)
-        yield lo, hi, row[entry], step*best.shape[1] + block[entry], values[entry, step]
+        yield lo, hi, row[entry], step * best.shape[1] + block[entry], values[entry, step]
 
 # %% ../../nbs/50_retrieval/03_ranker.ipynb #9a63f91f
 @dataclass
 class Ranked:
     "The best of the gallery for some queries: the list of query `rows[i]` is `ids[start[i]:start[i+1]]`, in the order (-score, id)."
-    rows: Tensor # (b,) query rows
-    start: Tensor # (b+1,) offsets
-    ids: Tensor # (M,) gallery ids
-    scores: Tensor # (M,) exact float32 scores
+
+    rows: Tensor  # (b,) query rows
+    start: Tensor  # (b+1,) offsets
+    ids: Tensor  # (M,) gallery ids
+    scores: Tensor  # (M,) exact float32 scores
 
 # %% ../../nbs/50_retrieval/03_ranker.ipynb #69198a9c
-def order_lists(start: Tensor, # (b+1,) offsets
-                ids: Tensor, # (M,)
-                scores: Tensor, # (M,)
-               ) -> tuple[Tensor, Tensor]: # ids and scores, each list in the order (-score, id)
+def order_lists(
+    start: Tensor,  # (b+1,) offsets
+    ids: Tensor,  # (M,)
+    scores: Tensor,  # (M,)
+) -> tuple[Tensor, Tensor]:  # ids and scores, each list in the order (-score, id)
     "Sort every list."
     size, row, keys = start.diff(), owners(start), to_keys(scores, ids)
     group = size.clamp(min=1).float().log2().ceil()
@@ -66,31 +70,36 @@ def order_lists(start: Tensor, # (b+1,) offsets
 @patch
 def _width(self: Ranker, k: int) -> int:
     "Images in a block."
-    return max(w for w in (1, 2, 4, 8, 16, 32, 64) if w == 1 or self.low.shape[0] >= 12*k*w)
+    return max(w for w in (1, 2, 4, 8, 16, 32, 64) if w == 1 or self.low.shape[0] >= 12 * k * w)
 
-def block_maxima(product: Tensor, # (b, N')
-                 width: int, # images in a block, divides N'
-                ) -> Tensor: # (b, N'/width) float32
+
+def block_maxima(
+    product: Tensor,  # (b, N')
+    width: int,  # images in a block, divides N'
+) -> Tensor:  # (b, N'/width) float32
     "Maxima of strided blocks."
     return product.view(len(product), width, -1).amax(1).float()
 
+
 @patch
 @torch.no_grad()
-def ranked(self: Ranker,
-           k: int | Tensor, # ranks to list, or (len(rows),) for each query; more than the gallery has means all
-           rows: Tensor | None = None, # which queries; None: all
-          ) -> Iterator[Ranked]: # in the order of `rows`, some queries at a time
+def ranked(
+    self: Ranker,
+    k: int | Tensor,  # ranks to list, or (len(rows),) for each query; more than the gallery has means all
+    rows: Tensor | None = None,  # which queries; None: all
+) -> Iterator[Ranked]:  # in the order of `rows`, some queries at a time
     "Every gallery row whose exact score is at least the query's k-th best, in the order (-score, id)."
     k, done = torch.as_tensor(k, device=self.device).expand(self.Q if rows is None else len(rows)), 0
-    if k.min() < 1: raise ValueError(f"k must be at least 1, got {k.min().item()}.")
+    if k.min() < 1:
+        raise ValueError(f"k must be at least 1, got {k.min().item()}.")
     width = self._width(min(int(k.max()), self.N) + len(self.far))
     for chunk in self._chunks(rows, width):
         b, product = len(chunk.rows), self._product(chunk)
-        k_b = k[done:done+b].minimum(self.N - self._left_out(chunk.rows))
+        k_b = k[done : done + b].minimum(self.N - self._left_out(chunk.rows))
         done += b
         best = block_maxima(product, width)
         kth = self._at_least(best, k_b)
-        for lo, hi, row, ids, _ in self._survivors(product, best, self._below(self._below(kth) - 2*chunk.bound)):
+        for lo, hi, row, ids, _ in self._survivors(product, best, self._below(self._below(kth) - 2 * chunk.bound)):
             yield self._list(chunk.rows[lo:hi], chunk.exact[lo:hi], offsets(row, hi - lo), ids, k_b[lo:hi])
 
 # %% ../../nbs/50_retrieval/03_ranker.ipynb #7fed5456
@@ -98,11 +107,13 @@ def ranked(self: Ranker,
 def _left_out(self: Ranker, rows: Tensor) -> Tensor:
     return torch.zeros_like(rows) if self.exclude is None else (self.exclude[rows] >= 0).long()
 
+
 @patch
-def _at_least(self: Ranker, best: Tensor, k: Tensor) -> Tensor: # (b,) float64
+def _at_least(self: Ranker, best: Tensor, k: Tensor) -> Tensor:  # (b,) float64
     "What the stored product of the k-th best is at least."
     place = best.shape[1] - k - len(self.far)
     return sort_rows(best).gather(1, place.clamp(min=0)[:, None])[:, 0].double().masked_fill_(place < 0, -torch.inf)
+
 
 @patch
 def _list(self: Ranker, rows: Tensor, exact: Tensor, start: Tensor, ids: Tensor, k: Tensor) -> Ranked:
@@ -114,29 +125,33 @@ def _list(self: Ranker, rows: Tensor, exact: Tensor, start: Tensor, ids: Tensor,
 
 # %% ../../nbs/50_retrieval/03_ranker.ipynb #c272f3eb
 @patch
-def _level(self: Ranker, chunk: Chunk, than: Tensor) -> Tensor: # (b,) float64
+def _level(self: Ranker, chunk: Chunk, than: Tensor) -> Tensor:  # (b,) float64
     "Where the product stands if the exact score is `than`."
     center = self.center.double()
-    if self.metric == "euclidean": return ((chunk.exact*self.scale - center).square().sum(1) - (than.double()*self.scale).square()) / 2
-    return than.double()*self.scale**2 - (chunk.exact*self.scale) @ center
+    if self.metric == "euclidean":
+        return ((chunk.exact * self.scale - center).square().sum(1) - (than.double() * self.scale).square()) / 2
+    return than.double() * self.scale**2 - (chunk.exact * self.scale) @ center
+
 
 @patch
 @torch.no_grad()
-def counts(self: Ranker,
-           than: Tensor, # (len(rows),) float32 exact scores
-           rows: Tensor | None = None, # which queries; None: all
-          ) -> tuple[Tensor, Tensor]: # (len(rows),) numbers of gallery rows with a higher and with the same score
+def counts(
+    self: Ranker,
+    than: Tensor,  # (len(rows),) float32 exact scores
+    rows: Tensor | None = None,  # which queries; None: all
+) -> tuple[Tensor, Tensor]:  # (len(rows),) numbers of gallery rows with a higher and with the same score
     "How many gallery rows score above and at a given score."
     above, equal = torch.zeros(2, len(than), dtype=torch.int64, device=self.device)
-    done, width = 0, self._width(self.N//200)
+    done, width = 0, self._width(self.N // 200)
     for chunk in self._chunks(rows, width):
-        level, product = self._level(chunk, than[done:done+len(chunk.rows)]), self._product(chunk)
+        level, product = self._level(chunk, than[done : done + len(chunk.rows)]), self._product(chunk)
         floor, roof = self._below(level - chunk.bound), -self._below(-level - chunk.bound)
         for lo, hi, row, ids, values in self._survivors(product, block_maxima(product, width), floor):
             span, sure = slice(done + lo, done + hi), (values > roof[lo:hi].float()[row]) & ~values.isposinf()
             above[span], equal[span] = self._count(chunk.exact[lo:hi], row, ids, sure, than[span])
         done += len(chunk.rows)
     return above, equal
+
 
 @patch
 def _count(self: Ranker, exact: Tensor, row: Tensor, ids: Tensor, sure: Tensor, than: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,8 +160,8 @@ def _count(self: Ranker, exact: Tensor, row: Tensor, ids: Tensor, sure: Tensor, 
     higher, row, ids = torch.bincount(row[sure], minlength=b), row[~sure], ids[~sure]
     if self.exact is None and self.rows is not None and self.metric != "euclidean":
         apart = pair_dots(exact.float(), self.rows, offsets(row, b), ids) - than[row]
-        lengths = torch.linalg.vector_norm(exact, dim=1)[row] * (self.full[ids]/self.scale)
-        slack = (2**-23*exact.shape[1] + 2**-21)*lengths + 2**-125*exact.shape[1]
+        lengths = torch.linalg.vector_norm(exact, dim=1)[row] * (self.full[ids] / self.scale)
+        slack = (2**-23 * exact.shape[1] + 2**-21) * lengths + 2**-125 * exact.shape[1]
         higher += torch.bincount(row[apart > slack], minlength=b)
         row, ids = (x[apart.abs() <= slack] for x in (row, ids))
     scores, limit = self._pairs(exact, offsets(row, b), ids), than[row]

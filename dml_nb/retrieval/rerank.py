@@ -12,12 +12,12 @@ from time import perf_counter
 import pandas as pd
 from torch import Tensor
 
+from ..core.similarity import unknown
 from .expansion import expanded_ranker
-from .kreciprocal import KReciprocal
 from .inputs import checked
+from .kreciprocal import KReciprocal
 from .metrics import each_query
 from .ranker import Ranker
-from ..core.similarity import unknown
 
 # %% ../../nbs/50_retrieval/12_rerank.ipynb #04c1da2d
 RERANKERS = {
@@ -28,25 +28,32 @@ RERANKERS = {
 }
 
 # %% ../../nbs/50_retrieval/12_rerank.ipynb #8ede6a1e
-def rerank_report(embeddings: Tensor, # (Q, D) query embeddings
-                  labels: Tensor, # (Q,) their classes
-                  gallery: Tensor | None = None, # (N, D); None: the queries are the gallery
-                  gallery_labels: Tensor | None = None, # (N,) classes of the gallery
-                  methods: dict[str, dict] | tuple[str, ...] = tuple(RERANKERS), # names, or name -> parameters such as {"k_reciprocal": dict(k1=10)}
-                  recall_at: tuple[int, ...] = (1, 2, 4, 8), # the K of Recall@K
-                  ties: str = "optimistic", # or "pessimistic"
-                  memory_mb: float = 256., # budget for working memory, beside a copy of the gallery in low precision
-                  progress: bool = True, # show a bar if it takes more than a few seconds
-                 ) -> pd.DataFrame: # a line a method, "plain" first: metrics in [0, 1] and seconds
+def rerank_report(
+    embeddings: Tensor,  # (Q, D) query embeddings
+    labels: Tensor,  # (Q,) their classes
+    gallery: Tensor | None = None,  # (N, D); None: the queries are the gallery
+    gallery_labels: Tensor | None = None,  # (N,) classes of the gallery
+    methods: dict[str, dict] | tuple[str, ...] = tuple(
+        RERANKERS
+    ),  # names, or name -> parameters such as {"k_reciprocal": dict(k1=10)}
+    recall_at: tuple[int, ...] = (1, 2, 4, 8),  # the K of Recall@K
+    ties: str = "optimistic",  # or "pessimistic"
+    memory_mb: float = 256.0,  # budget for working memory, beside a copy of the gallery in low precision
+    progress: bool = True,  # show a bar if it takes more than a few seconds
+) -> pd.DataFrame:  # a line a method, "plain" first: metrics in [0, 1] and seconds
     "Metrics of each re-ranking beside the plain ones."
-    if ties not in ("optimistic", "pessimistic"): raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
+    if ties not in ("optimistic", "pessimistic"):
+        raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
     methods, lines = dict.fromkeys(methods, {}) if not isinstance(methods, dict) else methods, {}
     for name in methods:
-        if name not in RERANKERS: raise unknown("re-ranking", name, RERANKERS)
+        if name not in RERANKERS:
+            raise unknown("re-ranking", name, RERANKERS)
     x, y, g, gallery_y = checked(embeddings, labels, gallery, gallery_labels)
     for name, params in {"plain": {}, **methods}.items():
         started = perf_counter()
         ranker = RERANKERS.get(name, Ranker)(x, g, **dict(memory_mb=memory_mb, progress=progress) | params)
         values = each_query(x, y, g, None if g is None else gallery_y, recall_at, True, ranker, memory_mb)
-        lines[name] = {metric: v.nanmean().item() for metric, v in values[ties].items()} | {"seconds": perf_counter() - started}
+        lines[name] = {metric: v.nanmean().item() for metric, v in values[ties].items()} | {
+            "seconds": perf_counter() - started
+        }
     return pd.DataFrame(lines).T.rename_axis("ranking")

@@ -15,24 +15,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .exact_scores import as_rows, check_k
-from .ranker import Ranker
 from .exact_search import best_k, k_best
+from .ranker import Ranker
 
 # %% ../../nbs/50_retrieval/13_sharded.ipynb #c5a54e41
 @torch.no_grad()
-def search_shard(query, # (Q, D)
-                 shard, # (n, D) some consecutive rows of the gallery; n may be 0
-                 k: int, # how many neighbours; may be more than n
-                 first: int = 0, # gallery id of the shard's first row
-                 exclude_self: bool = False, # query i is gallery row i: leave it out in the shard that holds it
-                 **settings, # metric, memory_mb, precision, progress, as for `search`
-                ) -> tuple[Tensor, Tensor]: # (Q, k) scores and gallery ids; -inf and 2^32-1 where the shard has fewer rows
+def search_shard(
+    query,  # (Q, D)
+    shard,  # (n, D) some consecutive rows of the gallery; n may be 0
+    k: int,  # how many neighbours; may be more than n
+    first: int = 0,  # gallery id of the shard's first row
+    exclude_self: bool = False,  # query i is gallery row i: leave it out in the shard that holds it
+    **settings,  # metric, memory_mb, precision, progress, as for `search`
+) -> tuple[Tensor, Tensor]:  # (Q, k) scores and gallery ids; -inf and 2^32-1 where the shard has fewer rows
     "The k best rows of a shard for each query, under their ids in the whole gallery."
     query, n, k = as_rows(query, "query"), len(shard), check_k(k, 2**32 - 1)
-    own = torch.arange(len(query), device=query.device) - first if exclude_self else torch.full((len(query),), -1, device=query.device)
+    own = (
+        torch.arange(len(query), device=query.device) - first
+        if exclude_self
+        else torch.full((len(query),), -1, device=query.device)
+    )
     own = own.masked_fill(own >= n, -1).clamp(min=-1)
-    nothing = (n == 0) | (n == 1) & (own == 0) # nothing to find, or only itself
-    scores, ids = torch.full((len(query), k), -torch.inf, dtype=torch.float32, device=query.device), own.new_full((len(query), k), 2**32 - 1)
+    nothing = (n == 0) | (n == 1) & (own == 0)  # nothing to find, or only itself
+    scores, ids = (
+        torch.full((len(query), k), -torch.inf, dtype=torch.float32, device=query.device),
+        own.new_full((len(query), k), 2**32 - 1),
+    )
     rows = nothing.logical_not().nonzero()[:, 0]
     if len(rows):
         ranker = Ranker(query, as_rows(shard, "gallery"), exclude=own if n > 1 else None, **settings)
@@ -40,9 +48,10 @@ def search_shard(query, # (Q, D)
     return scores, torch.where(ids == 2**32 - 1, ids, ids + first)
 
 # %% ../../nbs/50_retrieval/13_sharded.ipynb #237a068c
-def merge_shards(parts: list[tuple[Tensor, Tensor]], # (Q, k_i) scores and ids of each shard
-                 k: int, # how many to keep
-                ) -> tuple[Tensor, Tensor]: # (Q, k) scores and ids in the order (-score, id)
+def merge_shards(
+    parts: list[tuple[Tensor, Tensor]],  # (Q, k_i) scores and ids of each shard
+    k: int,  # how many to keep
+) -> tuple[Tensor, Tensor]:  # (Q, k) scores and ids in the order (-score, id)
     "The k best of several shards' lists."
     return best_k(*(torch.cat(x, 1) for x in zip(*parts)), k)
 
@@ -53,40 +62,55 @@ def _everyone(value, group) -> list:
     dist.all_gather_object(values, value, group=group)
     return values
 
+
 def _together(do: Callable, group):
     "What `do` returns; if it fails on any process, all of them raise."
     value = problem = error = None
-    try: value = do()
-    except Exception as e: error, problem = e, (isinstance(e, ValueError), str(e) or type(e).__name__)
+    try:
+        value = do()
+    except Exception as e:
+        error, problem = e, (isinstance(e, ValueError), str(e) or type(e).__name__)
     for rank, theirs in enumerate(_everyone(problem, group)):
-        if theirs is not None: raise (ValueError if theirs[0] else RuntimeError)(f"process {rank}: {theirs[1]}") from error
+        if theirs is not None:
+            raise (ValueError if theirs[0] else RuntimeError)(f"process {rank}: {theirs[1]}") from error
     return value
 
-def _fingerprint(query, # (Q, D)
-                 *settings, # what else has to agree
-                ) -> str:
+
+def _fingerprint(
+    query,  # (Q, D)
+    *settings,  # what else has to agree
+) -> str:
     "SHA-256 of the query's numbers and of settings."
     query = as_rows(query, "query")
     digest = hashlib.sha256(repr((tuple(query.shape), *settings)).encode())
-    for some in query.split(4096): digest.update(some.float().cpu().contiguous().view(-1).numpy())
+    for some in query.split(4096):
+        digest.update(some.float().cpu().contiguous().view(-1).numpy())
     return digest.hexdigest()
 
 # %% ../../nbs/50_retrieval/13_sharded.ipynb #d266c5fc
-def search_sharded(query, # (Q, D), the same on every process
-                   shard, # (n, D) this process's consecutive rows of the gallery
-                   k: int, # how many neighbours
-                   exclude_self: bool = False, # query i is gallery row i: leave it out
-                   group: dist.ProcessGroup | None = None, # None: all processes
-                   **settings, # metric, memory_mb, precision, progress, as for `search`
-                  ) -> tuple[Tensor, Tensor]: # (Q, k) scores and ids of the whole gallery, on every process
+def search_sharded(
+    query,  # (Q, D), the same on every process
+    shard,  # (n, D) this process's consecutive rows of the gallery
+    k: int,  # how many neighbours
+    exclude_self: bool = False,  # query i is gallery row i: leave it out
+    group: dist.ProcessGroup | None = None,  # None: all processes
+    **settings,  # metric, memory_mb, precision, progress, as for `search`
+) -> tuple[Tensor, Tensor]:  # (Q, k) scores and ids of the whole gallery, on every process
     "`search` in a gallery whose rows are split over processes; every process gets the result."
-    if not dist.is_initialized(): raise RuntimeError("search_sharded needs torch.distributed: start with torchrun and call init_process_group, or use search.")
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "search_sharded needs torch.distributed: start with torchrun and call init_process_group, or use search."
+        )
     same = (k, exclude_self, settings.get("metric", "cosine"))
     sizes, prints = zip(*_everyone(_together(lambda: (len(shard), _fingerprint(query, *same)), group), group))
-    if len(set(prints)) > 1: raise ValueError("the processes have different queries, k or settings: pass the same to each, only the gallery is split.")
+    if len(set(prints)) > 1:
+        raise ValueError(
+            "the processes have different queries, k or settings: pass the same to each, only the gallery is split."
+        )
     k = check_k(k, sum(sizes) - exclude_self, f" for {len(sizes)} shards of {sum(sizes)} rows together")
     first = list(accumulate(sizes, initial=0))[dist.get_rank(group)]
     mine = _together(lambda: search_shard(query, shard, k, first, exclude_self, **settings), group)
     parts = [[torch.empty_like(x) for _ in sizes] for x in mine]
-    for part, x in zip(parts, mine): dist.all_gather(part, x.contiguous(), group=group)
+    for part, x in zip(parts, mine):
+        dist.all_gather(part, x.contiguous(), group=group)
     return merge_shards(list(zip(*parts)), k)

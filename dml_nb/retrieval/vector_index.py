@@ -16,60 +16,81 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..core.similarity import unknown
 from .exact_scores import METRICS, as_rows, check_k, float_rows
+from .exact_search import add_rows, faiss_or_error
 from .product import check_finite
 from .ranker import Ranker
-from .exact_search import add_rows, faiss_or_error
-from ..core.similarity import unknown
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #d446b0fd
-KINDS = {"flat": 10_000, "hnsw": 500_000, "ivf": float("inf")} # chosen for galleries of fewer rows
+KINDS = {"flat": 10_000, "hnsw": 500_000, "ivf": float("inf")}  # chosen for galleries of fewer rows
+
 
 def _create(kind: str, D: int, N: int, metric: str):
     "An empty faiss index."
     faiss = faiss_or_error("search, which is exact")
     measure = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
-    if kind == "flat": return faiss.IndexFlat(D, measure)
-    if kind == "hnsw": return faiss.IndexHNSWFlat(D, 32, measure)
-    return faiss.index_factory(D, f"IVF{max(1, min(int(4*N**.5), N//40))},Flat", measure)
+    if kind == "flat":
+        return faiss.IndexFlat(D, measure)
+    if kind == "hnsw":
+        return faiss.IndexHNSWFlat(D, 32, measure)
+    return faiss.index_factory(D, f"IVF{max(1, min(int(4 * N**0.5), N // 40))},Flat", measure)
+
 
 def _effort(index, kind: str, effort: int):
     "How hard to search, in the index's own measure."
-    if kind == "hnsw": index.hnsw.efSearch = effort
-    if kind == "ivf": index.nprobe = effort
+    if kind == "hnsw":
+        index.hnsw.efSearch = effort
+    if kind == "ivf":
+        index.nprobe = effort
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #19655a81
 class ServingIndex:
     "A faiss index with the ids of its rows."
-    def __init__(self,
-                 index, # faiss index
-                 ids: list, # (N,) id of each row, such as a file name
-                 settings: dict, # kind, metric, size, effort, measured recall
-                ): self.index, self.ids, self.settings = index, ids, settings
-    def __repr__(self): return f"ServingIndex({', '.join(f'{k}={v}' for k, v in self.settings.items())})"
+
+    def __init__(
+        self,
+        index,  # faiss index
+        ids: list,  # (N,) id of each row, such as a file name
+        settings: dict,  # kind, metric, size, effort, measured recall
+    ):
+        self.index, self.ids, self.settings = index, ids, settings
+
+    def __repr__(self):
+        return f"ServingIndex({', '.join(f'{k}={v}' for k, v in self.settings.items())})"
+
 
 @patch
-def nearest(self: ServingIndex,
-            query: Tensor, # (Q, D)
-            k: int, # how many
-           ) -> tuple[Tensor, Tensor]: # (Q, k) scores, (Q, k) row numbers; -inf and -1 where nothing was found
+def nearest(
+    self: ServingIndex,
+    query: Tensor,  # (Q, D)
+    k: int,  # how many
+) -> tuple[Tensor, Tensor]:  # (Q, k) scores, (Q, k) row numbers; -inf and -1 where nothing was found
     "Approximate k best rows, as rows."
     query = as_rows(query, "query")
     if query.shape[1] != self.settings["size"]:
-        raise ValueError(f"this index holds embeddings of size {self.settings['size']}, got {query.shape[1]}: embed with the model that built it.")
+        raise ValueError(
+            f"this index holds embeddings of size {self.settings['size']}, got {query.shape[1]}: embed with the model that built it."
+        )
     check_finite(query, "query")
     metric, k = self.settings["metric"], check_k(k, len(self.ids))
     scores, rows = map(torch.from_numpy, self.index.search(float_rows(query, slice(None), metric).cpu().numpy(), k))
-    if metric == "euclidean": scores = -scores.clamp(min=0).sqrt()
+    if metric == "euclidean":
+        scores = -scores.clamp(min=0).sqrt()
     return scores.masked_fill(rows < 0, -torch.inf), rows
 
+
 @patch
-def search(self: ServingIndex,
-           query: Tensor, # (Q, D)
-           k: int = 10, # how many
-          ) -> list[list[tuple]]: # for each query (id, score) pairs, best first
+def search(
+    self: ServingIndex,
+    query: Tensor,  # (Q, D)
+    k: int = 10,  # how many
+) -> list[list[tuple]]:  # for each query (id, score) pairs, best first
     "Approximate neighbours of each query, by id."
-    return [[(self.ids[r], s) for s, r in zip(*pair) if r >= 0] for pair in zip(*(x.tolist() for x in self.nearest(query, k)))]
+    return [
+        [(self.ids[r], s) for s, r in zip(*pair) if r >= 0]
+        for pair in zip(*(x.tolist() for x in self.nearest(query, k)))
+    ]
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #9521b8c7
 def _recall(serving: ServingIndex, ranker: Ranker, rows: Tensor, kth: Tensor, k: int) -> float:
@@ -79,47 +100,60 @@ def _recall(serving: ServingIndex, ranker: Ranker, rows: Tensor, kth: Tensor, k:
     start = torch.arange(0, found.numel() + 1, found.shape[1])
     scores = ranker.pair_scores(torch.arange(len(rows)), start, found.clamp(min=0).flatten()).view(found.shape)
     right = (scores >= kth[:, None]) & (found >= 0)
-    return right.sum(1).clamp(max=k).sum().item() / (k*len(rows))
+    return right.sum(1).clamp(max=k).sum().item() / (k * len(rows))
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #6be36419
 def _plain_id(value) -> str | int:
     "An id as text or integer."
-    if hasattr(value, "item"): value = value.item()
-    if isinstance(value, os.PathLike): value = os.fspath(value)
-    if not isinstance(value, (str, int)): raise ValueError(f"ids must be text or integers, got {value!r}: use str(id).")
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, (str, int)):
+        raise ValueError(f"ids must be text or integers, got {value!r}: use str(id).")
     return value
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #e4f2ed62
-def build_index(gallery, # (N, D) tensor, array or memory map, on the CPU
-                ids = None, # (N,) text, path or integer id of each row; None: row numbers
-                kind: str = "auto", # "flat", "hnsw", "ivf", or by the size of the gallery
-                metric: str = "cosine", # "cosine", "inner" or "euclidean"
-                recall: float = .95, # search hard enough for this share of the `k` best ...
-                k: int | None = None, # ... neighbours; None: 10, or as many as there are
-                queries: int = 500, # gallery rows to measure it on
-                seed: int = 0, # of the choice of those rows
-               ) -> ServingIndex: # prints the measured recall
+def build_index(
+    gallery,  # (N, D) tensor, array or memory map, on the CPU
+    ids=None,  # (N,) text, path or integer id of each row; None: row numbers
+    kind: str = "auto",  # "flat", "hnsw", "ivf", or by the size of the gallery
+    metric: str = "cosine",  # "cosine", "inner" or "euclidean"
+    recall: float = 0.95,  # search hard enough for this share of the `k` best ...
+    k: int | None = None,  # ... neighbours; None: 10, or as many as there are
+    queries: int = 500,  # gallery rows to measure it on
+    seed: int = 0,  # of the choice of those rows
+) -> ServingIndex:  # prints the measured recall
     "Index a gallery, and measure what its approximation misses."
     gallery = as_rows(gallery, "gallery")
     N, D = gallery.shape
-    if metric not in METRICS: raise unknown("metric", metric, METRICS)
-    if kind == "auto": kind = next(name for name, below in KINDS.items() if N < below)
-    if kind not in KINDS: raise unknown("kind of index", kind, KINDS)
-    if ids is not None and len(ids) != N: raise ValueError(f"ids must name every row: {len(ids)} ids for {N} rows.")
-    if N < 2: raise ValueError("an index is measured on its own rows and needs at least 2, got 1: use search.")
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if kind == "auto":
+        kind = next(name for name, below in KINDS.items() if N < below)
+    if kind not in KINDS:
+        raise unknown("kind of index", kind, KINDS)
+    if ids is not None and len(ids) != N:
+        raise ValueError(f"ids must name every row: {len(ids)} ids for {N} rows.")
+    if N < 2:
+        raise ValueError("an index is measured on its own rows and needs at least 2, got 1: use search.")
     k = min(10, N - 1) if k is None else check_k(k, N - 1)
     ids = list(range(N)) if ids is None else [_plain_id(i) for i in ids]
     rows = torch.randperm(N, generator=torch.Generator().manual_seed(seed))[:queries].sort().values
-    ranker = Ranker(gallery[rows], gallery, metric, exclude=rows) # checks every row before anything is built
-    serving = ServingIndex(_fill(_create(kind, D, N, metric), gallery, metric), ids, dict(kind=kind, metric=metric, rows=N, size=D))
+    ranker = Ranker(gallery[rows], gallery, metric, exclude=rows)  # checks every row before anything is built
+    serving = ServingIndex(
+        _fill(_create(kind, D, N, metric), gallery, metric), ids, dict(kind=kind, metric=metric, rows=N, size=D)
+    )
     return _tune(serving, ranker, rows, k, recall)
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #bfa5b018
 def _fill(index, gallery: Tensor, metric: str):
     "Train on a sample of the rows, if need be, and add all."
     N = len(gallery)
-    if not index.is_trained: index.train(float_rows(gallery, torch.arange(0, N, -(-N // (64*index.nlist))), metric).numpy())
+    if not index.is_trained:
+        index.train(float_rows(gallery, torch.arange(0, N, -(-N // (64 * index.nlist))), metric).numpy())
     return add_rows(index, gallery, metric)
+
 
 def _tune(serving: ServingIndex, ranker: Ranker, rows: Tensor, k: int, wanted: float) -> ServingIndex:
     "Search twice as hard until the recall is reached."
@@ -129,47 +163,59 @@ def _tune(serving: ServingIndex, ranker: Ranker, rows: Tensor, k: int, wanted: f
     while True:
         _effort(serving.index, kind, effort)
         measured = _recall(serving, ranker, rows, kth, k)
-        if measured >= wanted or effort >= most: break
-        effort = min(2*effort, most)
+        if measured >= wanted or effort >= most:
+            break
+        effort = min(2 * effort, most)
     serving.settings |= dict(effort=effort, recall=round(measured, 4), recall_k=k, recall_queries=len(rows))
-    print(f"{kind} index of {ranker.N} rows: recall@{k} {measured:.3f} against exact search, over {len(rows)} rows of the gallery")
+    print(
+        f"{kind} index of {ranker.N} rows: recall@{k} {measured:.3f} against exact search, over {len(rows)} rows of the gallery"
+    )
     return serving
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #4b00a4e6
 FILES = ("index.faiss", "ids.json", "settings.json")
 
+
 def _checksum(folder: Path, settings: dict) -> str:
     "SHA-256 of index, ids and settings."
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in FILES[:2]:
-        with open(folder/name, "rb") as f: digest.update(hashlib.file_digest(f, "sha256").digest())
+        with open(folder / name, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
 
+
 @patch
-def save(self: ServingIndex,
-         folder: str | Path, # made if need be
-        ):
+def save(
+    self: ServingIndex,
+    folder: str | Path,  # made if need be
+):
     "Write index, ids and settings."
     folder, faiss = Path(folder), faiss_or_error("search, which is exact")
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving") as new:
         new, settings = Path(new), self.settings | dict(faiss=faiss.__version__)
-        faiss.write_index(self.index, str(new/"index.faiss"))
-        (new/"ids.json").write_text(json.dumps(self.ids))
-        (new/"settings.json").write_text(json.dumps(settings | dict(checksum=_checksum(new, settings)), indent=1))
-        for name in FILES: os.replace(new/name, folder/name)
+        faiss.write_index(self.index, str(new / "index.faiss"))
+        (new / "ids.json").write_text(json.dumps(self.ids))
+        (new / "settings.json").write_text(json.dumps(settings | dict(checksum=_checksum(new, settings)), indent=1))
+        for name in FILES:
+            os.replace(new / name, folder / name)
 
 # %% ../../nbs/50_retrieval/14_vector_index.ipynb #f479afec
-def load_index(folder: str | Path, # written by `ServingIndex.save`
-              ) -> ServingIndex: # ready to search
+def load_index(
+    folder: str | Path,  # written by `ServingIndex.save`
+) -> ServingIndex:  # ready to search
     "Read an index back, and verify that its parts belong together."
     folder = Path(folder)
-    missing = [name for name in FILES if not (folder/name).exists()]
-    if missing: raise ValueError(f"{folder} is no complete index, {missing[0]} is missing: build and save it again.")
-    try: settings = json.loads((folder/"settings.json").read_text())
-    except ValueError: settings = None
+    missing = [name for name in FILES if not (folder / name).exists()]
+    if missing:
+        raise ValueError(f"{folder} is no complete index, {missing[0]} is missing: build and save it again.")
+    try:
+        settings = json.loads((folder / "settings.json").read_text())
+    except ValueError:
+        settings = None
     if not isinstance(settings, dict) or settings.pop("checksum", None) != _checksum(folder, settings):
         raise ValueError(f"the files in {folder} do not match the checksum in settings.json: build and save it again.")
-    index = faiss_or_error("search, which is exact").read_index(str(folder/"index.faiss"))
+    index = faiss_or_error("search, which is exact").read_index(str(folder / "index.faiss"))
     _effort(index, settings["kind"], settings["effort"])
-    return ServingIndex(index, json.loads((folder/"ids.json").read_text()), settings)
+    return ServingIndex(index, json.loads((folder / "ids.json").read_text()), settings)

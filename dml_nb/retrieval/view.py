@@ -13,75 +13,124 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .exact_search import search
 from ..core.similarity import unit
+from .exact_search import search
 
 # %% ../../nbs/50_retrieval/15_view.ipynb #152599d5
 def _tile(ax, image, title: str, color: str):
     "One framed image."
-    ax.imshow(image, cmap="gray"); ax.set_title(title, fontsize=7, pad=3)
+    ax.imshow(image, cmap="gray")
+    ax.set_title(title, fontsize=7, pad=3)
     ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values(): spine.set(color=color, linewidth=3)
+    for spine in ax.spines.values():
+        spine.set(color=color, linewidth=3)
 
 # %% ../../nbs/50_retrieval/15_view.ipynb #12606f97
-def plot_retrieval(images, # `ImageSet` of the gallery, in the order of the embeddings
-                   embeddings: Tensor, # (N, D)
-                   queries: int | list[int] = 6, # how many queries, drawn by `seed`, or their ids
-                   k: int = 5, # neighbours for each query
-                   seed: int = 0, # of the draw
-                   size: float = 1.1, # inches of a tile
-                  ) -> Figure: # one line a query
+def plot_retrieval(
+    images,  # `ImageSet` of the gallery, in the order of the embeddings
+    embeddings: Tensor,  # (N, D)
+    queries: int | list[int] = 6,  # how many queries, drawn by `seed`, or their ids
+    k: int = 5,  # neighbours for each query
+    seed: int = 0,  # of the draw
+    size: float = 1.1,  # inches of a tile
+) -> Figure:  # one line a query
     "Nearest images of some queries, right ones framed green and wrong ones red."
     if isinstance(queries, int):
         generator = torch.Generator().manual_seed(seed)
         queries = torch.randperm(len(embeddings), generator=generator)[:queries].tolist()
     scores, index = search(embeddings[queries], embeddings, min(k + 1, len(embeddings)))
-    fig, axes = plt.subplots(len(queries), k + 1, figsize=(size*(k + 1), 1.25*size*len(queries)), squeeze=False)
+    fig, axes = plt.subplots(len(queries), k + 1, figsize=(size * (k + 1), 1.25 * size * len(queries)), squeeze=False)
     for row, q, row_scores, row_index in zip(axes, queries, scores.tolist(), index.tolist()):
         _tile(row[0], images.image(q), str(images.classes[images.labels[q]])[-18:], "black")
         found = [(s, i) for s, i in zip(row_scores, row_index) if i != q][:k]
-        for ax, (s, i) in zip(row[1:], found): _tile(ax, images.image(i), f"{s:.2f}", "green" if images.labels[i] == images.labels[q] else "red")
-        for ax in row[1 + len(found):]: ax.axis("off")
-    fig.tight_layout(pad=.3, h_pad=.6)
+        for ax, (s, i) in zip(row[1:], found):
+            _tile(ax, images.image(i), f"{s:.2f}", "green" if images.labels[i] == images.labels[q] else "red")
+        for ax in row[1 + len(found) :]:
+            ax.axis("off")
+    fig.tight_layout(pad=0.3, h_pad=0.6)
     return fig
 
 # %% ../../nbs/50_retrieval/15_view.ipynb #39cf3cca
-def plot_history(history: pd.DataFrame, # a line an epoch: "epoch", "train_loss", "R@1", "MAP@R", perhaps "deviation"
-                 start_epoch: int | None = None, # epoch at which a schedule changes the loss, marked by a line
-                ) -> Figure: # loss, retrieval, and deviation if there is one
+def plot_history(
+    history: pd.DataFrame,  # a line an epoch: "epoch", "train_loss", "R@1", "MAP@R", perhaps "deviation"
+    start_epoch: int | None = None,  # epoch at which a schedule changes the loss, marked by a line
+) -> Figure:  # loss, retrieval, and deviation if there is one
     "Learning curves: loss, Recall@1 and MAP@R, and the gap between proxies and class centres (CP Eq. 10)."
     panels = [["train_loss"], ["R@1", "MAP@R"]] + ([["deviation"]] if "deviation" in history else [])
-    fig, axes = plt.subplots(1, len(panels), figsize=(4*len(panels), 2.8))
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 2.8))
     for ax, names in zip(axes, panels):
-        for name in names: sns.lineplot(history, x="epoch", y=name, ax=ax, label=name, marker="o", markersize=3)
-        if start_epoch is not None: ax.axvline(start_epoch, color="grey", ls=":")
+        for name in names:
+            sns.lineplot(history, x="epoch", y=name, ax=ax, label=name, marker="o", markersize=3)
+        if start_epoch is not None:
+            ax.axvline(start_epoch, color="grey", ls=":")
         ax.set(ylabel="")
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/50_retrieval/15_view.ipynb #7c9aa0a7
-def plot_tsne(embeddings: Tensor, # (N, D)
-              labels: Tensor, # (N,) class ids
-              proxies: Tensor | None = None, # (C, D) or (C, K, D), on the map as well
-              classes: int | list[int] = 10, # the first so many classes, or their ids
-              seed: int = 0, # of t-SNE
-              ax=None, # matplotlib axes; None: a new figure
-             ) -> Figure: # the figure of the axes
+def plot_tsne(
+    embeddings: Tensor,  # (N, D)
+    labels: Tensor,  # (N,) class ids
+    proxies: Tensor | None = None,  # (C, D) or (C, K, D), on the map as well
+    classes: int | list[int] = 10,  # the first so many classes, or their ids
+    seed: int = 0,  # of t-SNE
+    ax=None,  # matplotlib axes; None: a new figure
+) -> Figure:  # the figure of the axes
     "Embeddings of a few classes, and their proxies, mapped to the plane with t-SNE."
-    from sklearn.manifold import TSNE # takes a second to import
+    from sklearn.manifold import TSNE  # takes a second to import
+
     labels = torch.as_tensor(labels)
     wanted = labels.unique()[:classes] if isinstance(classes, int) else torch.tensor(classes)
     shown = torch.isin(labels, wanted)
     points, owner = embeddings[shown].cpu().float(), labels[shown]
     if proxies is not None:
         proxies_CKD = (proxies if proxies.ndim == 3 else proxies[:, None]).detach().cpu().float()[wanted]
-        points, owner = torch.cat([points, proxies_CKD.flatten(0, 1)]), torch.cat([owner, wanted.repeat_interleave(proxies_CKD.shape[1])])
-    if len(points) < 3: raise ValueError(f"t-SNE needs at least 3 points, the classes {wanted.tolist()} have {len(points)}: choose others.")
-    xy = TSNE(metric="cosine", init="pca", random_state=seed, perplexity=min(30, (len(points) - 1)/3)).fit_transform(unit(points).numpy())
-    if ax is None: _, ax = plt.subplots(figsize=(4.5, 4))
-    frame = pd.DataFrame(dict(x=xy[:, 0], y=xy[:, 1], label=owner.numpy(), kind=["embedding"]*int(shown.sum()) + ["proxy"]*(len(xy) - int(shown.sum()))))
+        points, owner = (
+            torch.cat([points, proxies_CKD.flatten(0, 1)]),
+            torch.cat([owner, wanted.repeat_interleave(proxies_CKD.shape[1])]),
+        )
+    if len(points) < 3:
+        raise ValueError(
+            f"t-SNE needs at least 3 points, the classes {wanted.tolist()} have {len(points)}: choose others."
+        )
+    xy = TSNE(metric="cosine", init="pca", random_state=seed, perplexity=min(30, (len(points) - 1) / 3)).fit_transform(
+        unit(points).numpy()
+    )
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.5, 4))
+    frame = pd.DataFrame(
+        dict(
+            x=xy[:, 0],
+            y=xy[:, 1],
+            label=owner.numpy(),
+            kind=["embedding"] * int(shown.sum()) + ["proxy"] * (len(xy) - int(shown.sum())),
+        )
+    )
     palette = sns.color_palette("husl", len(wanted))
-    sns.scatterplot(frame[frame.kind == "embedding"], x="x", y="y", hue="label", palette=palette, s=12, alpha=.7, linewidth=0, legend=False, ax=ax)
-    sns.scatterplot(frame[frame.kind == "proxy"], x="x", y="y", hue="label", palette=palette if proxies is not None else None, s=170, marker="*", edgecolor="black", linewidth=.7, legend=False, ax=ax)
+    sns.scatterplot(
+        frame[frame.kind == "embedding"],
+        x="x",
+        y="y",
+        hue="label",
+        palette=palette,
+        s=12,
+        alpha=0.7,
+        linewidth=0,
+        legend=False,
+        ax=ax,
+    )
+    sns.scatterplot(
+        frame[frame.kind == "proxy"],
+        x="x",
+        y="y",
+        hue="label",
+        palette=palette if proxies is not None else None,
+        s=170,
+        marker="*",
+        edgecolor="black",
+        linewidth=0.7,
+        legend=False,
+        ax=ax,
+    )
     ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
     return ax.figure

@@ -18,30 +18,46 @@ from ..core.files import write_atomically
 from .learner import DMLLearner
 
 # %% ../../nbs/60_training/03_checkpoint.ipynb #7cdb1e2d
-def save_checkpoint(learn: DMLLearner, # after an epoch
-                    path: Path, # file to write
-                    key: str, # what the run is; a checkpoint of another run is refused
-                   ):
+def save_checkpoint(
+    learn: DMLLearner,  # after an epoch
+    path: Path,  # file to write
+    key: str,  # what the run is; a checkpoint of another run is refused
+):
     "Model, loss, optimiser, epoch and history, in one file."
-    state = dict(key=key, epoch=learn.epoch, model=learn.model.state_dict(), opt=learn.opt.state_dict(), history=learn.retrieval_metrics.history,
-                 loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {})
+    state = dict(
+        key=key,
+        epoch=learn.epoch,
+        model=learn.model.state_dict(),
+        opt=learn.opt.state_dict(),
+        history=learn.retrieval_metrics.history,
+        loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {},
+    )
     write_atomically(path, lambda p: torch.save(state, p))
 
 # %% ../../nbs/60_training/03_checkpoint.ipynb #4e081f80
-def resume(learn: DMLLearner, # freshly built, as for the first epoch
-           path: Path, # perhaps a checkpoint
-           key: str, # what the run is
-          ) -> int: # epochs already done
+def resume(
+    learn: DMLLearner,  # freshly built, as for the first epoch
+    path: Path,  # perhaps a checkpoint
+    key: str,  # what the run is
+) -> int:  # epochs already done
     "Bring a fresh learner to the state of the checkpoint, if there is one."
-    if not Path(path).exists(): return 0
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"the checkpoint {path} cannot be read ({e}): delete it to start the run afresh.") from e
-    if state["key"] != key: raise ValueError(f"the checkpoint {path} belongs to the run {state['key']}, not to {key}: delete it or choose another folder.")
+    if not Path(path).exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"the checkpoint {path} cannot be read ({e}): delete it to start the run afresh.") from e
+    if state["key"] != key:
+        raise ValueError(
+            f"the checkpoint {path} belongs to the run {state['key']}, not to {key}: delete it or choose another folder."
+        )
     learn.model.load_state_dict(state["model"])
-    if isinstance(learn.loss_func, nn.Module): learn.loss_func.load_state_dict(state["loss"])
+    if isinstance(learn.loss_func, nn.Module):
+        learn.loss_func.load_state_dict(state["loss"])
     device = getattr(learn.dls, "device", None) or default_device()
     for part in (learn.model, learn.loss_func):
-        if isinstance(part, nn.Module): part.to(device) # the optimiser's moments are put where the parameters are
+        if isinstance(part, nn.Module):
+            part.to(device)  # the optimiser's moments are put where the parameters are
     learn.create_opt()
     learn.opt.load_state_dict(state["opt"])
     learn.retrieval_metrics.history = state["history"]
@@ -51,15 +67,24 @@ def resume(learn: DMLLearner, # freshly built, as for the first epoch
 # %% ../../nbs/60_training/03_checkpoint.ipynb #a6be8a2d
 class Checkpoint(Callback):
     "Save after every epoch; keep the weights of the best one."
+
     order = 70
-    def __init__(self,
-                 folder: Path, # receives `checkpoint.pt` and `best.safetensors`
-                 key: str = "", # what the run is
-                ): self.folder, self.key = Path(folder), key
+
+    def __init__(
+        self,
+        folder: Path,  # receives `checkpoint.pt` and `best.safetensors`
+        key: str = "",  # what the run is
+    ):
+        self.folder, self.key = Path(folder), key
 
     def after_epoch(self):
         if self.learn.retrieval_metrics.best["epoch"] == self.epoch:
             parts = [(self.model, ""), (self.loss_func, "loss.")]
-            tensors = {prefix + name: t.contiguous() for part, prefix in parts if isinstance(part, nn.Module) for name, t in part.state_dict().items()}
-            write_atomically(self.folder/"best.safetensors", lambda p: save_file(tensors, p))
-        save_checkpoint(self.learn, self.folder/"checkpoint.pt", self.key)
+            tensors = {
+                prefix + name: t.contiguous()
+                for part, prefix in parts
+                if isinstance(part, nn.Module)
+                for name, t in part.state_dict().items()
+            }
+            write_atomically(self.folder / "best.safetensors", lambda p: save_file(tensors, p))
+        save_checkpoint(self.learn, self.folder / "checkpoint.pt", self.key)

@@ -24,134 +24,184 @@ from ..retrieval.inputs import depths
 from ..retrieval.metrics import evaluate
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #abb38735
-def processes() -> int: # 1 without `torch.distributed`
+def processes() -> int:  # 1 without `torch.distributed`
     "How many processes train together."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-def shared_loader(dataset, # as for `eval_loader`
-                  batch_size: int = 256, # items a batch
-                  workers: int = 0, # processes that read images
-                  rank: int | None = None, # which process; None: this one
-                  world: int | None = None, # of how many; None: of all
-                 ) -> tuple[DataLoader, Tensor]: # loader, ids of its items
+
+def shared_loader(
+    dataset,  # as for `eval_loader`
+    batch_size: int = 256,  # items a batch
+    workers: int = 0,  # processes that read images
+    rank: int | None = None,  # which process; None: this one
+    world: int | None = None,  # of how many; None: of all
+) -> tuple[DataLoader, Tensor]:  # loader, ids of its items
     "This process's share of a data set; all shares have the same length, for which the first items are repeated."
     sampler = DistributedSampler(range(len(dataset)), world, rank, shuffle=False)
-    return eval_loader(dataset, workers=workers, sampler=BatchSampler(sampler, batch_size, False)), torch.tensor(list(sampler))
+    return eval_loader(dataset, workers=workers, sampler=BatchSampler(sampler, batch_size, False)), torch.tensor(
+        list(sampler)
+    )
 
-def gather_rows(rows: Tensor, # (n, D) of this process
-                ids: Tensor, # (n,) where they belong
-                total: int, # rows of the whole
-               ) -> Tensor: # (total, D) where `rows` are, the same in all processes
+
+def gather_rows(
+    rows: Tensor,  # (n, D) of this process
+    ids: Tensor,  # (n,) where they belong
+    total: int,  # rows of the whole
+) -> Tensor:  # (total, D) where `rows` are, the same in all processes
     "Rows of all processes, each at its id; repeated items count once."
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     parts = [part.to(device) for part in (rows, ids)]
-    everyone = [part.new_empty(processes()*len(part), *part.shape[1:]) for part in parts]
-    for whole, part in zip(everyone, parts): dist.all_gather_into_tensor(whole, part)
+    everyone = [part.new_empty(processes() * len(part), *part.shape[1:]) for part in parts]
+    for whole, part in zip(everyone, parts):
+        dist.all_gather_into_tensor(whole, part)
     whole, ids = (part.to(rows.device) for part in everyone)
     return whole.new_empty(total, whole.shape[1]).index_copy_(0, ids, whole)
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #95a2ce53
-def embed_shared(model: nn.Module, # batch of inputs -> (B, D)
-                 dataset, # as for `embed`
-                 workers: int = 0, # processes that read images
-                ) -> Tensor: # (N, D) on the CPU, the same in all processes
+def embed_shared(
+    model: nn.Module,  # batch of inputs -> (B, D)
+    dataset,  # as for `embed`
+    workers: int = 0,  # processes that read images
+) -> Tensor:  # (N, D) on the CPU, the same in all processes
     "`embed`, each process a share."
-    if processes() == 1: return embed(model, dataset, workers=workers)
+    if processes() == 1:
+        return embed(model, dataset, workers=workers)
     ids = shared_loader(dataset)[1]
-    share = TensorSet(dataset.x[ids], transform=dataset.transform) if isinstance(dataset, TensorSet) else Subset(dataset, ids.tolist())
+    share = (
+        TensorSet(dataset.x[ids], transform=dataset.transform)
+        if isinstance(dataset, TensorSet)
+        else Subset(dataset, ids.tolist())
+    )
     return gather_rows(embed(model, share, workers=workers), ids, len(dataset))
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #04441425
-def where_to_rank(like: Tensor, # (B, D) some embeddings
-                  rows: int, # how many there will be
-                 ) -> torch.device: # theirs, if it is a GPU with room; else the CPU
+def where_to_rank(
+    like: Tensor,  # (B, D) some embeddings
+    rows: int,  # how many there will be
+) -> torch.device:  # theirs, if it is a GPU with room; else the CPU
     "Where the embeddings of a whole split are kept and ranked."
-    if like.device.type != "cuda": return torch.device("cpu")
-    free = torch.cuda.mem_get_info(like.device)[0] + torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
-    return like.device if free > 4*4*rows*like.shape[1] + 2**30 else torch.device("cpu")
+    if like.device.type != "cuda":
+        return torch.device("cpu")
+    free = (
+        torch.cuda.mem_get_info(like.device)[0]
+        + torch.cuda.memory_reserved(like.device)
+        - torch.cuda.memory_allocated(like.device)
+    )
+    return like.device if free > 4 * 4 * rows * like.shape[1] + 2**30 else torch.device("cpu")
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #9b4b7694
 class RetrievalMetrics(Callback):
     "Embeds the test split every few epochs, logs retrieval metrics and the deviation of the proxies."
+
     order = 51
-    def __init__(self,
-                 recall_at: tuple[int, ...] = (1, 2, 4, 8), # the K of Recall@K
-                 every: int = 1, # epochs between two evaluations; the last is always evaluated
-                ):
-        if every < 1: raise ValueError(f"every must be at least 1 epoch, got {every}.")
+
+    def __init__(
+        self,
+        recall_at: tuple[int, ...] = (1, 2, 4, 8),  # the K of Recall@K
+        every: int = 1,  # epochs between two evaluations; the last is always evaluated
+    ):
+        if every < 1:
+            raise ValueError(f"every must be at least 1 epoch, got {every}.")
         self.recall_at, self.every, self.history, self.embeddings = depths(recall_at), every, [], None
 
     @property
-    def names(self) -> list[str]: # columns of the log after "train_loss"
-        return [f"R@{K}" for K in self.recall_at] + ["MAP@R", "R-precision"] + (["deviation"] if hasattr(self.loss_func, "proxies") else [])
+    def names(self) -> list[str]:  # columns of the log after "train_loss"
+        return (
+            [f"R@{K}" for K in self.recall_at]
+            + ["MAP@R", "R-precision"]
+            + (["deviation"] if hasattr(self.loss_func, "proxies") else [])
+        )
 
     def before_fit(self):
         self.recorder.valid_metrics = False
         self.recorder.metric_names = ["epoch", "train_loss", *self.names, "time"]
 
-    def before_epoch(self): self.started, self.losses = perf_counter(), []
+    def before_epoch(self):
+        self.started, self.losses = perf_counter(), []
+
     def after_loss(self):
-        if self.training: self.losses.append(self.loss.detach())
+        if self.training:
+            self.losses.append(self.loss.detach())
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #bc62de83
 @patch
 def before_validate(self: RetrievalMetrics):
     self.due, self.trained = False, perf_counter()
-    if not self.losses: return # not after an epoch of training: `get_preds` or `validate` by hand
+    if not self.losses:
+        return  # not after an epoch of training: `get_preds` or `validate` by hand
     self.due = self.epoch % self.every == 0 or self.epoch == self.n_epoch - 1
-    if not self.due: raise CancelValidException
+    if not self.due:
+        raise CancelValidException
     self.seen, self.ids, self.embeddings = 0, torch.arange(len(self.dls.test_labels)), None
-    if processes() > 1: self.learn.dl, self.ids = shared_loader(self.dls.test_plain, workers=self.dls.workers)
+    if processes() > 1:
+        self.learn.dl, self.ids = shared_loader(self.dls.test_plain, workers=self.dls.workers)
+
 
 @patch
 def after_pred(self: RetrievalMetrics):
-    if self.training or not self.due: return
+    if self.training or not self.due:
+        return
     pred = self.pred.detach().float()
-    if self.embeddings is None: self.embeddings = torch.empty(len(self.ids), pred.shape[1], device=where_to_rank(pred, len(self.dls.test_labels)))
-    self.embeddings[self.seen:self.seen + len(pred)] = pred
+    if self.embeddings is None:
+        self.embeddings = torch.empty(
+            len(self.ids), pred.shape[1], device=where_to_rank(pred, len(self.dls.test_labels))
+        )
+    self.embeddings[self.seen : self.seen + len(pred)] = pred
     self.seen += len(pred)
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #bd5d8934
 @patch
 def after_validate(self: RetrievalMetrics):
-    if not self.losses: return
+    if not self.losses:
+        return
     line = dict(epoch=self.epoch, train_loss=torch.stack(self.losses).mean().item())
     if self.due:
-        if processes() > 1: self.embeddings = gather_rows(self.embeddings, self.ids, len(self.dls.test_labels))
+        if processes() > 1:
+            self.embeddings = gather_rows(self.embeddings, self.ids, len(self.dls.test_labels))
         line |= self.measure()
         self.embeddings = self.embeddings.cpu()
     self.recorder.log = L(line["epoch"], line["train_loss"], *(line.get(name, float("nan")) for name in self.names))
     seconds = dict(train_seconds=self.trained - self.started, eval_seconds=perf_counter() - self.trained)
     self.history.append(line | seconds)
 
+
 @patch
-def measure(self: RetrievalMetrics) -> dict[str, float]: # the same in all processes
+def measure(self: RetrievalMetrics) -> dict[str, float]:  # the same in all processes
     "Metrics of the test split and deviation of the proxies; all embed, the first process computes for all."
     several, values, train = processes() > 1, None, None
-    if "deviation" in self.names: train = embed_shared(getattr(self.model, "module", self.model), self.dls.train_plain, self.dls.workers)
+    if "deviation" in self.names:
+        train = embed_shared(getattr(self.model, "module", self.model), self.dls.train_plain, self.dls.workers)
     if not several or dist.get_rank() == 0:
-        values = evaluate(*self.sides(), recall_at=self.recall_at, with_nmi=False, progress=hasattr(self.learn, "progress"))
+        values = evaluate(
+            *self.sides(), recall_at=self.recall_at, with_nmi=False, progress=hasattr(self.learn, "progress")
+        )
         if train is not None:
             gap = deviation(train, self.dls.train_labels, self.loss_func.proxies.detach().float().cpu())
             values |= dict(deviation=gap["center"], deviation_pairwise=gap["pairwise"])
     if several:
         box = [values]
         dist.broadcast_object_list(box)
-        values, = box
+        (values,) = box
     return values
 
+
 @patch
-def sides(self: RetrievalMetrics) -> tuple[Tensor, ...]: # embeddings, labels, and those of the gallery if it is apart
+def sides(self: RetrievalMetrics) -> tuple[Tensor, ...]:  # embeddings, labels, and those of the gallery if it is apart
     "What `evaluate` is asked."
     x, y, mask = self.embeddings, self.dls.test_labels, getattr(self.dls, "test_queries", None)
-    if mask is None: return x, y
+    if mask is None:
+        return x, y
     if mask.shape != y.shape or mask.dtype != torch.bool:
-        raise ValueError(f"dls.test_queries must be a boolean mask of the {len(y)} test images, got {mask.dtype} of shape {tuple(mask.shape)}.")
+        raise ValueError(
+            f"dls.test_queries must be a boolean mask of the {len(y)} test images, got {mask.dtype} of shape {tuple(mask.shape)}."
+        )
     return x[mask.to(x.device)], y[mask], x[~mask.to(x.device)], y[~mask]
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #3e82e780
 @patch(as_prop=True)
-def best(self: RetrievalMetrics) -> dict: # the line of `history` with the highest Recall@K for the first K, the earliest if several
+def best(
+    self: RetrievalMetrics,
+) -> dict:  # the line of `history` with the highest Recall@K for the first K, the earliest if several
     "The best epoch by the first entry of `recall_at`, usually Recall@1."
     name = f"R@{self.recall_at[0]}"
     return max((line for line in self.history if name in line), key=lambda line: line[name])

@@ -17,11 +17,19 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..data.loaders import TensorSet, eval_loader, image_transform, mixed_seed, random_shift, set_epoch, train_loader
-from ..data.samplers import ClassSampler
-from .evaluation import RetrievalMetrics
-from ..losses.base import takes_ids
 from ..core.similarity import gather, unknown
+from dml_nb.data.loaders import (
+    TensorSet,
+    eval_loader,
+    image_transform,
+    mixed_seed,
+    random_shift,
+    set_epoch,
+    train_loader,
+)
+from ..data.samplers import ClassSampler
+from ..losses.base import takes_ids
+from .evaluation import RetrievalMetrics
 
 # %% ../../nbs/60_training/02_learner.ipynb #efba9f7b
 def _dls(train, train_plain, test, train_labels, test_labels, batch_size, seed, workers, per_class) -> DataLoaders:
@@ -33,53 +41,86 @@ def _dls(train, train_plain, test, train_labels, test_labels, batch_size, seed, 
     return dls
 
 # %% ../../nbs/60_training/02_learner.ipynb #913cbeae
-def feature_dls(train: Tensor, # (N, C) features of the training images
-                train_labels: Tensor, # (N,)
-                test: Tensor, # (M, C) features of the test images
-                test_labels: Tensor, # (M,)
-                batch_size: int = 150, # images a batch
-                seed: int = 0, # with the epoch, fixes the batches
-                per_class: int | None = None, # images of each class in a batch, for pair losses; None: random batches
-               ) -> DataLoaders: # for training a head on cached features
+def feature_dls(
+    train: Tensor,  # (N, C) features of the training images
+    train_labels: Tensor,  # (N,)
+    test: Tensor,  # (M, C) features of the test images
+    test_labels: Tensor,  # (M,)
+    batch_size: int = 150,  # images a batch
+    seed: int = 0,  # with the epoch, fixes the batches
+    per_class: int | None = None,  # images of each class in a batch, for pair losses; None: random batches
+) -> DataLoaders:  # for training a head on cached features
     "Loaders over features already computed (regime `frozen`)."
-    return _dls(TensorSet(train, train_labels), TensorSet(train), TensorSet(test), train_labels, test_labels, batch_size, seed, 0, per_class)
+    return _dls(
+        TensorSet(train, train_labels),
+        TensorSet(train),
+        TensorSet(test),
+        train_labels,
+        test_labels,
+        batch_size,
+        seed,
+        0,
+        per_class,
+    )
 
 # %% ../../nbs/60_training/02_learner.ipynb #23e7a5e4
-def image_dls(data, # `RetrievalData`
-              spec, # `InputSpec` of the network
-              batch_size: int = 150, # images a batch
-              seed: int = 0, # with the epoch, fixes batches and augmentation
-              train_crop: str = "rrc", # "rrc" or "resize", for photographs
-              workers: int = 0, # processes that read images
-              per_class: int | None = None, # images of each class in a batch, for pair losses; None: random batches
-             ) -> DataLoaders: # for training the whole network
+def image_dls(
+    data,  # `RetrievalData`
+    spec,  # `InputSpec` of the network
+    batch_size: int = 150,  # images a batch
+    seed: int = 0,  # with the epoch, fixes batches and augmentation
+    train_crop: str = "rrc",  # "rrc" or "resize", for photographs
+    workers: int = 0,  # processes that read images
+    per_class: int | None = None,  # images of each class in a batch, for pair losses; None: random batches
+) -> DataLoaders:  # for training the whole network
     "Loaders over images (regime `finetune`)."
     train, test = data.train, data.test
     if train.array is not None and train.array.shape[1:] == (spec.crop, spec.crop) and spec.channels == 1:
         pixels = [torch.as_tensor(part.array)[:, None] for part in (train, test)]
-        def augment(x): return spec.to_input(random_shift(x))
-        sets = TensorSet(pixels[0], train.labels, augment), TensorSet(pixels[0], transform=spec.to_input), TensorSet(pixels[1], transform=spec.to_input)
+
+        def augment(x):
+            return spec.to_input(random_shift(x))
+
+        sets = (
+            TensorSet(pixels[0], train.labels, augment),
+            TensorSet(pixels[0], transform=spec.to_input),
+            TensorSet(pixels[1], transform=spec.to_input),
+        )
         return _dls(*sets, train.labels, test.labels, batch_size, seed, 0, per_class)
     plain = image_transform(spec)
-    return _dls(train.with_transform(image_transform(spec, train=True, train_crop=train_crop)), train.with_transform(plain), test.with_transform(plain),
-                train.labels, test.labels, batch_size, seed, workers, per_class)
+    return _dls(
+        train.with_transform(image_transform(spec, train=True, train_crop=train_crop)),
+        train.with_transform(plain),
+        test.with_transform(plain),
+        train.labels,
+        test.labels,
+        batch_size,
+        seed,
+        workers,
+        per_class,
+    )
 
 # %% ../../nbs/60_training/02_learner.ipynb #0af52f3c
 class LossState(Callback):
     "Tells loss and loader which epoch it is and the loss which images it gets, and feeds its memory after each step."
+
     order = -5
+
     def before_epoch(self):
         torch.manual_seed(mixed_seed(self.dls.seed, self.epoch))
         set_epoch(self.dls.train, self.epoch)
-        if hasattr(self.loss_func, "set_epoch"): self.loss_func.set_epoch(self.epoch)
+        if hasattr(self.loss_func, "set_epoch"):
+            self.loss_func.set_epoch(self.epoch)
         self.batches = list(self.dls.train.sampler) if takes_ids(self.loss_func) else None
 
     def before_batch(self):
-        if not self.training or self.batches is None: return
+        if not self.training or self.batches is None:
+            return
         self.learn.yb = (*self.yb, None, None, None, torch.tensor(self.batches[self.iter], device=self.yb[0].device))
 
     def after_batch(self):
-        if not self.training or not hasattr(self.loss_func, "remember"): return
+        if not self.training or not hasattr(self.loss_func, "remember"):
+            return
         labels, *_, sample_ids = self.yb if len(self.yb) > 1 else (*self.yb, None)
         whole = [gather(part) for part in (self.pred.detach().float(), labels, sample_ids) if part is not None]
         self.loss_func.remember(*whole)
@@ -90,88 +131,138 @@ def before_fit(self: LossState):
     parts = list(self.loss_func.modules()) if isinstance(self.loss_func, nn.Module) else []
     steps = self.n_epoch * len(self.dls.train)
     in_steps = f"{steps} steps ({self.n_epoch} epochs of {len(self.dls.train)})"
-    for names, end, what in ((("start_iteration", "warm_up"), steps, in_steps), (("start_epoch", "fill_from"), self.n_epoch, f"{self.n_epoch} epochs")):
+    for names, end, what in (
+        (("start_iteration", "warm_up"), steps, in_steps),
+        (("start_epoch", "fill_from"), self.n_epoch, f"{self.n_epoch} epochs"),
+    ):
         for name in names:
             late = max((getattr(part, name, 0) for part in parts), default=0)
-            if late >= end: raise ValueError(f"{name} {late} is never reached in {what}: choose a smaller one or train longer.")
+            if late >= end:
+                raise ValueError(f"{name} {late} is never reached in {what}: choose a smaller one or train longer.")
 
 # %% ../../nbs/60_training/02_learner.ipynb #f0e174b9
 class WarmUp(Callback):
     "Train only the head and the loss's parameters in the first epochs."
-    def __init__(self, epochs: int): self.epochs = epochs
-    def before_epoch(self): self._train_backbone(self.epoch >= self.epochs)
-    def after_fit(self): self._train_backbone(True)
+
+    def __init__(self, epochs: int):
+        self.epochs = epochs
+
+    def before_epoch(self):
+        self._train_backbone(self.epoch >= self.epochs)
+
+    def after_fit(self):
+        self._train_backbone(True)
+
     def _train_backbone(self, on: bool):
-        if hasattr(self.model, "backbone"): self.model.backbone.requires_grad_(on)
+        if hasattr(self.model, "backbone"):
+            self.model.backbone.requires_grad_(on)
 
 # %% ../../nbs/60_training/02_learner.ipynb #e2cfe563
 class ClipValue(Callback):
     "Clip each component of the gradient, of network and loss."
-    def __init__(self, limit: float): self.limit = limit
-    def before_step(self): nn.utils.clip_grad_value_([p for group in self.opt.all_params() for p in group[:1]], self.limit)
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def before_step(self):
+        nn.utils.clip_grad_value_([p for group in self.opt.all_params() for p in group[:1]], self.limit)
 
 # %% ../../nbs/60_training/02_learner.ipynb #50b98065
-def parameter_groups(model: nn.Module, # perhaps with a `backbone`
-                     loss, # perhaps with parameters
-                    ) -> dict[str, list[Tensor]]: # "backbone", "head", "loss"; empty groups are left out
+def parameter_groups(
+    model: nn.Module,  # perhaps with a `backbone`
+    loss,  # perhaps with parameters
+) -> dict[str, list[Tensor]]:  # "backbone", "head", "loss"; empty groups are left out
     "Split what is trained into groups with learning rates of their own."
     backbone = list(model.backbone.parameters()) if hasattr(model, "backbone") else []
     inside = {id(p) for p in backbone}
-    groups = dict(backbone=backbone, head=[p for p in model.parameters() if id(p) not in inside],
-                  loss=list(loss.parameters()) if isinstance(loss, nn.Module) else [])
+    groups = dict(
+        backbone=backbone,
+        head=[p for p in model.parameters() if id(p) not in inside],
+        loss=list(loss.parameters()) if isinstance(loss, nn.Module) else [],
+    )
     return {name: params for name, params in groups.items() if params}
 
 # %% ../../nbs/60_training/02_learner.ipynb #9dfd6ccc
 class DMLLearner(Learner):
     "A fastai Learner that can begin in the middle of a schedule."
+
     first_epoch = 0
+
     def _do_fit(self):
         bar = getattr(getattr(self, "progress", None), "mbar", None)
-        if bar and self.first_epoch: bar.update(0) # fastprogress starts its clock at item 0
+        if bar and self.first_epoch:
+            bar.update(0)  # fastprogress starts its clock at item 0
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 # %% ../../nbs/60_training/02_learner.ipynb #77db5dc0
-def dml_learner(dls: DataLoaders, # from `image_dls` or `feature_dls`
-                model: nn.Module, # gives (B, D) embeddings
-                loss, # `loss(embeddings, labels)`: ours or one of pytorch-metric-learning
-                lr: float = 1e-4, # learning rate of the backbone
-                head_lr: float | None = None, # of the embedding layer; None: as the backbone
-                proxy_lr_mult: float = 100., # learning rate of the loss's parameters, as a multiple of `lr`
-                weight_decay: float = 1e-4, # of all groups (AdamW)
-                warm_epochs: int = 1, # epochs in which the backbone rests
-                clip_value: float | None = 10., # limit of each gradient component; None: no clipping
-                recall_at: tuple[int, ...] = (1, 2, 4, 8), # the K of Recall@K
-                cbs=(), # further fastai callbacks
-                evaluate_every: int = 1, # epochs between two evaluations; the last is always evaluated
-               ) -> DMLLearner: # call `fit_schedule` on it
+def dml_learner(
+    dls: DataLoaders,  # from `image_dls` or `feature_dls`
+    model: nn.Module,  # gives (B, D) embeddings
+    loss,  # `loss(embeddings, labels)`: ours or one of pytorch-metric-learning
+    lr: float = 1e-4,  # learning rate of the backbone
+    head_lr: float | None = None,  # of the embedding layer; None: as the backbone
+    proxy_lr_mult: float = 100.0,  # learning rate of the loss's parameters, as a multiple of `lr`
+    weight_decay: float = 1e-4,  # of all groups (AdamW)
+    warm_epochs: int = 1,  # epochs in which the backbone rests
+    clip_value: float | None = 10.0,  # limit of each gradient component; None: no clipping
+    recall_at: tuple[int, ...] = (1, 2, 4, 8),  # the K of Recall@K
+    cbs=(),  # further fastai callbacks
+    evaluate_every: int = 1,  # epochs between two evaluations; the last is always evaluated
+) -> DMLLearner:  # call `fit_schedule` on it
     "A fastai Learner for metric learning."
     groups = parameter_groups(model, loss)
-    rates = dict(backbone=lr, head=lr if head_lr is None else head_lr, loss=lr*proxy_lr_mult)
+    rates = dict(backbone=lr, head=lr if head_lr is None else head_lr, loss=lr * proxy_lr_mult)
     callbacks = [LossState(), RetrievalMetrics(recall_at, evaluate_every), WarmUp(warm_epochs)]
-    if clip_value is not None: callbacks.append(ClipValue(clip_value))
-    learn = DMLLearner(dls, model, loss_func=loss, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), wd=weight_decay,
-                       splitter=lambda m: list(parameter_groups(m, loss).values()), wd_bn_bias=True, train_bn=False, cbs=callbacks + list(cbs))
+    if clip_value is not None:
+        callbacks.append(ClipValue(clip_value))
+    learn = DMLLearner(
+        dls,
+        model,
+        loss_func=loss,
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+        wd=weight_decay,
+        splitter=lambda m: list(parameter_groups(m, loss).values()),
+        wd_bn_bias=True,
+        train_bn=False,
+        cbs=callbacks + list(cbs),
+    )
     learn.rates = [rates[name] for name in groups]
     return learn
 
 # %% ../../nbs/60_training/02_learner.ipynb #cbf5e9d6
 @patch
-def fit_schedule(self: DMLLearner,
-                 epochs: int, # in all, also when resuming
-                 schedule: str = "step", # "step", "cosine" or "constant"
-                 step_epochs: int | list[int] = 10, # "step": epochs between two drops, or the epochs of all drops
-                 gamma: float = .5, # "step": factor of a drop
-                 cbs=(), # further callbacks
-                ) -> dict: # the best line of the history
+def fit_schedule(
+    self: DMLLearner,
+    epochs: int,  # in all, also when resuming
+    schedule: str = "step",  # "step", "cosine" or "constant"
+    step_epochs: int | list[int] = 10,  # "step": epochs between two drops, or the epochs of all drops
+    gamma: float = 0.5,  # "step": factor of a drop
+    cbs=(),  # further callbacks
+) -> dict:  # the best line of the history
     "Train for `epochs` with one of the schedules, each group at its own rate."
-    if epochs < 1: raise ValueError(f"epochs must be at least 1, got {epochs}.")
-    def drops(epoch): return sum(epoch >= e for e in step_epochs) if isinstance(step_epochs, (list, tuple)) else int(epoch/step_epochs)
-    shapes = dict(step=lambda pct: gamma ** drops(pct*epochs + 1e-6), cosine=SchedCos(1., 0.), constant=lambda pct: 1.)
-    if schedule not in shapes: raise unknown("schedule", schedule, shapes)
-    def rates(pct): return [r * shapes[schedule](pct) for r in self.rates]
-    if not self.first_epoch: self.retrieval_metrics.history = []
-    try: self.fit(epochs, lr=self.rates, cbs=[ParamScheduler({"lr": rates}), *cbs])
-    finally: self.first_epoch = 0
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}.")
+
+    def drops(epoch):
+        return (
+            sum(epoch >= e for e in step_epochs) if isinstance(step_epochs, (list, tuple)) else int(epoch / step_epochs)
+        )
+
+    shapes = dict(
+        step=lambda pct: gamma ** drops(pct * epochs + 1e-6), cosine=SchedCos(1.0, 0.0), constant=lambda pct: 1.0
+    )
+    if schedule not in shapes:
+        raise unknown("schedule", schedule, shapes)
+
+    def rates(pct):
+        return [r * shapes[schedule](pct) for r in self.rates]
+
+    if not self.first_epoch:
+        self.retrieval_metrics.history = []
+    try:
+        self.fit(epochs, lr=self.rates, cbs=[ParamScheduler({"lr": rates}), *cbs])
+    finally:
+        self.first_epoch = 0
     return self.retrieval_metrics.best
