@@ -6,7 +6,7 @@ from inspect import signature
 import pytest
 import torch
 
-from dml_nb.core.golden import fixture, golden
+from dml_nb.core.golden import fixture, golden_value
 from dml_nb.core.similarity import match_masks
 from dml_nb.losses import base as core
 from dml_nb.losses import create_loss, deviation, list_losses
@@ -101,7 +101,7 @@ def on_fixture(name, **params):
 def test_golden_values(quantity):
     fix = fixture()
     name, params = GOLDEN[quantity]
-    assert on_fixture(name, **params)(fix.embeddings, fix.labels).item() == pytest.approx(golden(quantity), rel=1e-11)
+    assert on_fixture(name, **params)(fix.embeddings, fix.labels).item() == pytest.approx(golden_value(quantity), rel=1e-11)
 
 
 @pytest.mark.parametrize("host", [name for name in list_losses() if name.startswith("cp_")])
@@ -115,18 +115,18 @@ def test_golden_calibration_under_every_host(host, reduction, params):
         on_fixture(host, start_epoch=0, **params, **more)(fix.embeddings, fix.labels).item()
         for more in ({}, dict(calib_lambda=0.0))
     ]
-    assert values[0] - values[1] == pytest.approx(golden(f"CP L_c {reduction}, normalised"), rel=1e-11)
+    assert values[0] - values[1] == pytest.approx(golden_value(f"CP L_c {reduction}, normalised"), rel=1e-11)
 
 
 def test_golden_deviation():
     fix = fixture()
     found = deviation(fix.embeddings, fix.labels, fix.multi_proxies)
-    assert found["center"] == pytest.approx(golden("CP deviation Eq10 centre form"), rel=1e-12)
-    assert found["pairwise"] == pytest.approx(golden("CP deviation Eq10 pairwise"), rel=1e-12)
+    assert found["center"] == pytest.approx(golden_value("CP deviation Eq10 centre form"), rel=1e-12)
+    assert found["pairwise"] == pytest.approx(golden_value("CP deviation Eq10 pairwise"), rel=1e-12)
 
 
 def memory_of_18():
-    "The six older entries of the golden values with their labels."
+    "The six older entries of the golden_value values with their labels."
     fix = fixture()
     return torch.nn.functional.normalize(fix.unit[0::2].flip(0) + 0.1 * fix.unit[1::2]), fix.labels[0::2].flip(0)
 
@@ -144,10 +144,10 @@ def test_golden_cross_batch_memory(name, params):
     fix, loss = fixture(), on_fixture(name, **params)
     loss.remember(*memory_of_18())
     assert loss.against_memory(fix.embeddings, fix.labels).item() == pytest.approx(
-        golden("XBM contrastive memory(18)"), rel=1e-12
+        golden_value("XBM contrastive memory(18)"), rel=1e-12
     )
     assert loss(fix.embeddings, fix.labels).item() == pytest.approx(
-        golden("XBM contrastive batch") + golden("XBM contrastive memory(18)"), rel=1e-12
+        golden_value("XBM contrastive batch") + golden_value("XBM contrastive memory(18)"), rel=1e-12
     )
 
 
@@ -157,7 +157,7 @@ def test_golden_prism():
     loss._refresh(torch.tensor([0, 2]))
     keep, _ = loss.judge(fix.embeddings, fix.labels)
     assert loss.against_memory(fix.embeddings, fix.labels, keep).item() == pytest.approx(
-        golden("PRISM memory contrastive loss"), rel=1e-12
+        golden_value("PRISM memory contrastive loss"), rel=1e-12
     )
 
 
@@ -166,7 +166,7 @@ def test_golden_virtual_classes():
     for t in range(6):
         loss.proxies.data = fix.proxies + 0.1 * t * fix.proxies.roll(1, 1)
         z = torch.nn.functional.normalize(fix.unit + 0.05 * t * fix.unit.roll(1, 0))
-        assert loss(z, fix.labels).item() == pytest.approx(golden(f"MemVir NormSoftmax s16 N2 M1 step {t}"), rel=1e-12)
+        assert loss(z, fix.labels).item() == pytest.approx(golden_value(f"MemVir NormSoftmax s16 N2 M1 step {t}"), rel=1e-12)
         loss.remember(z, fix.labels)
 
 
@@ -174,7 +174,7 @@ def test_golden_virtual_classes():
 def test_golden_proxy_synthesis(host, quantity):
     loss = on_fixture("proxy_synthesis", host=host, lam=0.3)
     assert loss(fixture().embeddings, torch.arange(12) % 4).item() == pytest.approx(
-        golden(f"Proxy Synthesis {quantity} lam=.3"), rel=1e-12
+        golden_value(f"Proxy Synthesis {quantity} lam=.3"), rel=1e-12
     )
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dml_nb.core.batch_memory import CrossBatchMemory
-from dml_nb.core.similarity import gather, own_rows
+from dml_nb.core.distributed import gather, own_rows
 from dml_nb.losses import create_loss, list_losses
 from dml_nb.losses.base import takes_ids
 from dml_nb.losses.pair_base import PairLoss

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dml_nb.core.golden import fixture, golden
+from dml_nb.core.golden import fixture, golden_value
 from dml_nb.core.similarity import unit
 from dml_nb.retrieval import metrics as metrics_module
 from dml_nb.retrieval.clustering import class_distances, cluster_agreement, kmeans, spectrum
@@ -172,8 +172,8 @@ def test_golden_values():
     fix = fixture()
     found = evaluate(fix.embeddings, fix.labels, recall_at=(1, 2, 4))
     for name, quantity in {"R@1": "R@1", "R@2": "R@2", "R@4": "R@4", "MAP@R": "MAP@R", "R-precision": "RP"}.items():
-        assert found[name] == pytest.approx(golden(quantity), abs=1e-12)
-    assert found["R@1"] == pytest.approx(golden("P@1"), abs=1e-12)
+        assert found[name] == pytest.approx(golden_value(quantity), abs=1e-12)
+    assert found["R@1"] == pytest.approx(golden_value("P@1"), abs=1e-12)
 
 
 def test_the_contract():

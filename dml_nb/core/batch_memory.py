@@ -9,7 +9,8 @@ __all__ = ['CrossBatchMemory', 'check_ids']
 import torch
 from torch import Tensor, nn
 
-from .similarity import check_embeddings, check_labels, unit, unknown
+from .checks import check_embeddings, check_labels, unknown
+from .similarity import unit
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #6440d93f
 class CrossBatchMemory(nn.Module):

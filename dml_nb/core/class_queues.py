@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .similarity import check_embeddings, check_labels
+from .checks import check_embeddings, check_labels
 
 # %% ../../nbs/10_core/04_class_queues.ipynb #e1acf54d
 class ClassQueues(nn.Module):

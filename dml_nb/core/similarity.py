@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['unit', 'cosine', 'gram', 'euclidean', 'match_masks', 'first_order_only', 'masked_logsumexp', 'log1p_sum_exp',
-           'in_float32', 'gather', 'own_rows', 'own_share', 'unknown', 'check_embeddings', 'check_labels']
+           'in_float32']
 
 # %% ../../nbs/10_core/02_similarity.ipynb #40846949
-from difflib import get_close_matches
 from functools import wraps
-from math import isfinite, log
-from typing import Callable, Iterable
+from math import log
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -154,116 +153,3 @@ def in_float32(
             )
 
     return guarded
-
-# %% ../../nbs/10_core/02_similarity.ipynb #43de8c8e
-from torch import distributed as dist
-
-# %% ../../nbs/10_core/02_similarity.ipynb #b285e681
-def _part_sizes(x: Tensor) -> list[int]:  # length of the part of each process
-    if not (dist.is_available() and dist.is_initialized()):
-        return [len(x)]
-    size = torch.tensor([len(x)], device=x.device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    return torch.cat(sizes).tolist()
-
-
-@torch.no_grad()
-def gather(
-    x: Tensor,  # (B, ...) the part of this process
-) -> Tensor:  # (sum of all B, ...) the parts of all processes, in the order of their ranks
-    "The rows of all processes together; `x` itself where there is only one."
-    sizes = _part_sizes(x)
-    if len(sizes) == 1:
-        return x
-    parts = [x.new_empty(max(sizes), *x.shape[1:]) for _ in sizes]
-    dist.all_gather(parts, torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-
-def own_rows(
-    x: Tensor,  # (B, ...) the part of this process
-) -> slice:  # of `gather(x)`
-    "Where the rows of this process are among those of all."
-    sizes = _part_sizes(x)
-    start = sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
-    return slice(start, start + len(x))
-
-
-def own_share(
-    count: int,  # rows that every process holds
-) -> slice:  # every n-th of them, the first at this process's rank
-    "The part of common rows that this process answers for."
-    if not (dist.is_available() and dist.is_initialized()):
-        return slice(0, count)
-    return slice(dist.get_rank(), count, dist.get_world_size())
-
-# %% ../../nbs/10_core/02_similarity.ipynb #0b20271e
-def unknown(
-    kind: str,  # what the name stands for, such as "loss"
-    name: str,  # the name that was asked for
-    options: Iterable[str],  # the names that exist
-) -> ValueError:  # to be raised by the caller
-    "The error for a name that does not exist; it suggests the nearest."
-    options = sorted(map(str, options))
-    lower = {o.lower(): o for o in options}
-    near = get_close_matches(str(name).lower(), lower, n=1, cutoff=0.4)
-    hint = f"did you mean {lower[near[0]]!r}? " if near else ""
-    return ValueError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(options) or 'none'}.")
-
-# %% ../../nbs/10_core/02_similarity.ipynb #83687c98
-def check_embeddings(
-    embeddings: Tensor,  # (B, D) floating point
-    embedding_size: int | None = None,  # required D, if known
-) -> Tensor:  # (B,) lengths, whose sum proves every number finite at a fraction of the cost of looking at each
-    "Raise `ValueError` unless `embeddings` is a finite (B, D) floating-point matrix."
-    if not isinstance(embeddings, Tensor):
-        raise ValueError(f"embeddings must be a tensor, got {type(embeddings).__name__}: call torch.as_tensor on them.")
-    if embeddings.ndim != 2:
-        raise ValueError(
-            f"embeddings must have shape (B, D), got {tuple(embeddings.shape)}: flatten or pool the model's output first."
-        )
-    if not embeddings.is_floating_point():
-        raise ValueError(f"embeddings must be floating point, got {embeddings.dtype}: call .float() on them.")
-    if embedding_size is not None and embeddings.shape[1] != embedding_size:
-        raise ValueError(
-            f"embeddings have size {embeddings.shape[1]} but embedding_size is {embedding_size}: create the loss with embedding_size={embeddings.shape[1]}."
-        )
-    rows = embeddings.detach()
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    length_B = torch.linalg.vector_norm(rows, dim=1)
-    if isfinite(length_B.sum()):
-        return length_B
-    finite_B = torch.isfinite(rows).all(1)
-    if not finite_B.all():
-        raise ValueError(
-            f"embeddings contain NaN or infinity, first in row {finite_B.logical_not().nonzero()[0].item()}: lower the learning rate or check the input of that sample."
-        )
-    long_B = length_B.isinf()
-    if long_B.any():
-        raise ValueError(
-            f"the length of the embedding in row {long_B.nonzero()[0].item()} is beyond the range of {rows.dtype}: has the training diverged? Lower the learning rate."
-        )
-    return length_B
-
-# %% ../../nbs/10_core/02_similarity.ipynb #40509a93
-def check_labels(
-    labels: Tensor,  # (B,) integer class ids
-    size: int,  # required B
-    num_classes: int | None = None,  # labels must lie in 0...num_classes-1, if given
-):
-    "Raise `ValueError` unless `labels` is a vector of `size` integers inside the known classes."
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels must be a tensor, got {type(labels).__name__}: call torch.as_tensor on them.")
-    if labels.ndim != 1 or len(labels) != size:
-        raise ValueError(f"labels must have shape ({size},) to match the embeddings, got {tuple(labels.shape)}.")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}: call .long() on class ids.")
-    if num_classes is None or size == 0:
-        return
-    low, high = (each.item() for each in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"label {low if low < 0 else high} is outside 0...{num_classes - 1}: re-index the labels or create the loss with num_classes={high + 1}."
-        )

@@ -23,8 +23,8 @@ from fastcore.basics import patch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..core.checks import unknown
 from ..core.files import write_atomically
-from ..core.similarity import unknown
 from .glyphs import glyph_split, render_glyphs
 
 # %% ../../nbs/20_data/02_datasets.ipynb #3237bb4e

@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.similarity import check_labels, unit, unknown
+from ..core.checks import check_labels, unknown
+from ..core.similarity import unit
 from .datasets import ImageSet, RetrievalData, data_root
 
 # %% ../../nbs/20_data/05_label_noise.ipynb #c0ae6760

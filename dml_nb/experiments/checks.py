@@ -6,7 +6,7 @@
 __all__ = ['WHOLE', 'NUMBERS', 'OPEN', 'WORDS', 'noise_rate', 'check_types', 'check_settings']
 
 # %% ../../nbs/70_experiments/02_checks.ipynb #9a1dee27
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from ..losses import base as core
 from ..models.embedder import POOLS
 

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
 
+from ..core.checks import unknown
 from ..core.files import write_atomically
-from ..core.similarity import unknown
 from ..data.datasets import cache_root, data_root
 from .run_store import run_folder
 from .tables import Row

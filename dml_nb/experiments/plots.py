@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .compare import claimed_metrics, numbers
 from dml_nb.experiments.results import (
     bounds,

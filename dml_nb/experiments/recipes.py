@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from ..data import list_datasets
 from .checks import check_settings, check_types, noise_rate
 from .tables import Row, is_folder, missing, recipes

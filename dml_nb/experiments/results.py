@@ -18,7 +18,7 @@ import pandas as pd
 from packaging.version import Version
 from scipy import stats
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .recipes import settings_for
 from .run_store import read_result
 from .tables import find_table, recipes, row_of

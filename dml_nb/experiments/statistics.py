@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .compare import changed, claimed_metrics
 from .results import interval, plain_name, runs_frame, sections
 from .tables import row_of

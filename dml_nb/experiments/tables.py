@@ -18,7 +18,7 @@ from functools import cache
 from inspect import signature
 from pathlib import Path
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from ..data import list_datasets
 from ..losses import base as core
 from ..losses import list_losses

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
+from ..core.checks import unknown
 from ..core.files import write_atomically
-from ..core.similarity import unknown
 from .recipes import settings_for
 from .run import Run
 from .tables import Row, recipes

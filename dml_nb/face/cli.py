@@ -286,7 +286,7 @@ def bench(
     context: typer.Context, name: Annotated[str, typer.Argument(help="A script of benchmarks/, such as losses.")]
 ):
     "Run a benchmark; what follows -- goes to the script."
-    from dml_nb.core.similarity import unknown
+    from dml_nb.core.checks import unknown
 
     folder = Path(dml_nb.__file__).parents[1] / "benchmarks"
     scripts = [p.stem for p in folder.glob("*.py")]

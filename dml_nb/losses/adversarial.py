@@ -11,8 +11,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
+from ..core.checks import check_whole
 from ..core.similarity import unit
-from .base import DMLLoss, check_whole, register
+from .base import DMLLoss, register
 
 # %% ../../nbs/40_losses/41_adversarial.ipynb #35b01835
 class _Reverse(torch.autograd.Function):

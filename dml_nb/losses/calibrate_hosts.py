@@ -15,8 +15,8 @@ from typing import Callable
 from fastcore.meta import delegates
 from torch import Tensor
 
-from ..core.similarity import unknown
-from .base import check_at_least, check_default, create_loss, list_losses, register
+from ..core.checks import check_at_least, check_default, unknown
+from .base import create_loss, list_losses, register
 from .calibrate_proxy import CalibrateProxyLoss
 from .proxy_nca import proxy_nca, proxy_spread, softtriple
 from .softmax import arcface, cosface, norm_softmax

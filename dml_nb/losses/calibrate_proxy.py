@@ -14,9 +14,11 @@ from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
 from torch import Tensor
 
+from ..core.checks import check_at_least, check_default, check_embeddings, check_labels, check_whole, unknown
 from ..core.class_queues import ClassQueues
-from ..core.similarity import check_embeddings, check_labels, gather, unit, unknown
-from .base import DMLLoss, check_at_least, check_default, check_whole, register
+from ..core.distributed import gather
+from ..core.similarity import unit
+from .base import DMLLoss, register
 from .composite import calibration, composite_similarity, entry_similarity
 from .proxy_anchor import init_proxies, multi_proxy_similarity, proxy_anchor
 

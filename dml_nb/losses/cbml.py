@@ -11,8 +11,9 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from ..core.similarity import log1p_sum_exp, unknown
-from .base import check_at_least, check_default, register
+from ..core.checks import check_at_least, check_default, unknown
+from ..core.similarity import log1p_sum_exp
+from .base import register
 from .miners import slack_mining
 from .pair_base import PairLoss
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 from torch.nn.functional import embedding, relu
 
-from ..core.similarity import unit, unknown
-from .base import DMLLoss, check_at_least, check_whole, register
+from ..core.checks import check_at_least, check_whole, unknown
+from ..core.similarity import unit
+from .base import DMLLoss, register
 
 # %% ../../nbs/40_losses/20_cluster.ipynb #37b3a84d
 def cluster(

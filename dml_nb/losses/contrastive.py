@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..core.similarity import first_order_only, unknown
-from .base import check_at_least, check_default, register
+from ..core.checks import check_at_least, check_default, unknown
+from ..core.similarity import first_order_only
+from .base import register
 from .miners import slack_mining
 from .pair_base import PairLoss
 

@@ -13,8 +13,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #3aa77ce0
-from ..core.similarity import unit, unknown
-from .base import check_at_least, check_whole, register
+from ..core.checks import check_at_least, check_whole, unknown
+from ..core.similarity import unit
+from .base import register
 from .proxy_hosts import HostedLoss
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #d52d2225

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..core.similarity import masked_logsumexp, unknown
-from .base import check_at_least, check_whole, register
+from ..core.checks import check_at_least, check_whole, unknown
+from ..core.similarity import masked_logsumexp
+from .base import register
 from .contrastive import distance, from_gradient
 from .pair_base import PairLoss
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from ..core.similarity import masked_logsumexp, unit, unknown
-from .base import check_at_least, check_default, register
+from ..core.checks import check_at_least, check_default, unknown
+from ..core.similarity import masked_logsumexp, unit
+from .base import register
 from .contrastive import SlackPairLoss, check_own_mining
 from .pair_base import PairLoss
 

@@ -10,8 +10,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..core.checks import check_at_least, check_whole
 from ..core.similarity import cosine, log1p_sum_exp, unit
-from .base import DMLLoss, check_at_least, check_whole, register
+from .base import DMLLoss, register
 
 # %% ../../nbs/40_losses/28_manifold_proxy.ipynb #3533c97f
 def random_walk(

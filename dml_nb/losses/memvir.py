@@ -10,8 +10,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.similarity import check_embeddings, check_labels, own_share, unit, unknown
-from .base import DMLLoss, check_whole, register
+from ..core.checks import check_embeddings, check_labels, check_whole, unknown
+from ..core.distributed import own_share
+from ..core.similarity import unit
+from .base import DMLLoss, register
 from .proxy_hosts import PUBLISHED, HostedLoss
 
 # %% ../../nbs/40_losses/37_memvir.ipynb #07200d84

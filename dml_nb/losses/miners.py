@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..core.similarity import check_embeddings, check_labels, cosine, in_float32, match_masks, unknown
-from .base import check_at_least, check_whole
+from ..core.checks import check_at_least, check_embeddings, check_labels, check_whole, unknown
+from ..core.similarity import cosine, in_float32, match_masks
 from .pair_base import to_indices
 
 # %% ../../nbs/40_losses/02_miners.ipynb #3799e32b

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..core.similarity import log1p_sum_exp, masked_logsumexp, unknown
-from .base import check_at_least, register
+from ..core.checks import check_at_least, unknown
+from ..core.similarity import log1p_sum_exp, masked_logsumexp
+from .base import register
 from .contrastive import SlackPairLoss, check_own_mining, equal_shares, from_gradient
 from .pair_base import PairLoss
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, softplus
 
-from ..core.similarity import log1p_sum_exp, match_masks, unit, unknown
-from .base import DMLLoss, check_at_least, register
+from ..core.checks import check_at_least, unknown
+from ..core.similarity import log1p_sum_exp, match_masks, unit
+from .base import DMLLoss, register
 from .pair_base import check_indices, to_masks
 from .tuplet_margin import pair_mean, tuplet_margin
 

@@ -9,8 +9,9 @@ __all__ = ['check_indices', 'to_masks', 'to_indices', 'PairLoss', 'pair_weights'
 import torch
 from torch import Tensor, nn
 
-from ..core.similarity import check_embeddings, check_labels, gram, match_masks, unit
-from .base import DMLLoss, check_at_least
+from ..core.checks import check_at_least, check_embeddings, check_labels
+from ..core.similarity import gram, match_masks, unit
+from .base import DMLLoss
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #2c0d14c5
 def check_indices(

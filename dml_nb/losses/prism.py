@@ -13,8 +13,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.batch_memory import check_ids
-from ..core.similarity import check_embeddings, check_labels, gather, in_float32, own_rows, unit
-from .base import check_at_least, check_whole, register
+from ..core.checks import check_at_least, check_embeddings, check_labels, check_whole
+from ..core.distributed import gather, own_rows
+from ..core.similarity import in_float32, unit
+from .base import register
 from .xbm import CrossBatchLoss
 
 # %% ../../nbs/40_losses/36_prism.ipynb #a80b3250

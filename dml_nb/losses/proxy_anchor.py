@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..core.checks import check_at_least, check_default, check_whole
 from ..core.similarity import cosine, unit
-from .base import DMLLoss, check_at_least, check_default, check_whole, register
+from .base import DMLLoss, register
 from .softmax import own_similarity
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #938d6c75

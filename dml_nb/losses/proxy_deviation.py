@@ -9,7 +9,8 @@ __all__ = ['deviation']
 import torch
 from torch import Tensor
 
-from ..core.similarity import check_embeddings, check_labels, euclidean, unit
+from ..core.checks import check_embeddings, check_labels
+from ..core.similarity import euclidean, unit
 
 # %% ../../nbs/40_losses/29_proxy_deviation.ipynb #c4cc1aa9
 @torch.no_grad()

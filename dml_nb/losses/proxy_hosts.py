@@ -13,8 +13,8 @@ from typing import Callable
 from torch import Tensor, nn
 
 # %% ../../nbs/40_losses/32_proxy_hosts.ipynb #d193fea7
-from ..core.similarity import unknown
-from .base import check_at_least, create_loss
+from ..core.checks import check_at_least, unknown
+from .base import create_loss
 from .proxy_anchor import proxy_anchor
 from .proxy_nca import proxy_nca, softtriple
 from .softmax import ProxyLoss, arcface, cosface, norm_softmax

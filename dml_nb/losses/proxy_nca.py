@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..core.checks import check_at_least, check_default, check_whole
 from ..core.similarity import euclidean, unit
-from .base import DMLLoss, check_at_least, check_default, check_whole, register
+from .base import DMLLoss, register
 from .proxy_anchor import multi_proxy_similarity
 from .softmax import ProxyLoss, margin_softmax, own_similarity
 

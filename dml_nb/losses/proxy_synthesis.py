@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #cc50badf
+from ..core.checks import check_at_least
 from ..core.similarity import cosine, log1p_sum_exp, unit
-from .base import check_at_least, register
+from .base import register
 from .proxy_anchor import ProxyAnchorLoss
 from .proxy_hosts import PUBLISHED, HostedLoss
 from .softmax import ProxyLoss, norm_softmax

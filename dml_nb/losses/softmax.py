@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..core.similarity import cosine, unknown
-from .base import DMLLoss, check_at_least, check_whole, register
+from ..core.checks import check_at_least, check_whole, unknown
+from ..core.similarity import cosine
+from .base import DMLLoss, register
 
 # %% ../../nbs/40_losses/23_softmax.ipynb #f3d0ccde
 @register("cross_entropy")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from ..core.similarity import euclidean, unknown
-from .base import check_at_least, check_default, register
+from ..core.checks import check_at_least, check_default, unknown
+from ..core.similarity import euclidean
+from .base import register
 from .miners import RULES, DistanceWeightedMiner, SemiHardMiner, positive_slots
 from .pair_base import PairLoss
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ..core.checks import check_at_least
 from ..core.similarity import masked_logsumexp
-from .base import check_at_least, register
+from .base import register
 from .contrastive import from_gradient
 from .pair_base import PairLoss
 

@@ -12,8 +12,10 @@ from fastcore.meta import delegates
 from torch import Tensor
 
 from ..core.batch_memory import CrossBatchMemory, check_ids
-from ..core.similarity import gather, match_masks, own_rows, unit, unknown
-from .base import DMLLoss, check_at_least, check_whole, create_loss, register
+from ..core.checks import check_at_least, check_whole, unknown
+from ..core.distributed import gather, own_rows
+from ..core.similarity import match_masks, unit
+from .base import DMLLoss, create_loss, register
 from .pair_base import PairLoss
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #b747bc13

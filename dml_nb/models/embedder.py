@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from ..core.similarity import unit, unknown
+from ..core.checks import unknown
+from ..core.similarity import unit
 from ..data.loaders import IMAGENET, InputSpec
 from .bn_inception import BNInception
 from .efficientnet_lite import SYMMETRIC, EfficientNetLite0

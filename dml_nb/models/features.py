@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..core.checks import unknown
 from ..core.files import write_atomically
-from ..core.similarity import unknown
 from ..data.datasets import ImageSet, cache_root
 from ..data.loaders import InputSpec, eval_loader, image_transform
 from .embedder import POOLS, create_backbone

@@ -12,7 +12,8 @@ from math import log
 import torch
 from torch import Tensor
 
-from ..core.similarity import check_embeddings, check_labels, unit, unknown
+from ..core.checks import check_embeddings, check_labels, unknown
+from ..core.similarity import unit
 
 # %% ../../nbs/50_retrieval/07_clustering.ipynb #4e10e5c9
 def _faiss_clusters(x, k, seed, restarts):

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.similarity import unit, unknown
+from ..core.checks import unknown
+from ..core.similarity import unit
 
 # %% ../../nbs/50_retrieval/01_exact_scores.ipynb #bbc8a18f
 METRICS = ("cosine", "inner", "euclidean")

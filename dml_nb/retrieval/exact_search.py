@@ -9,7 +9,7 @@ __all__ = ['GPU_MOST', 'first_k', 'best_k', 'k_best', 'faiss_or_error', 'add_row
 import torch
 from torch import Tensor
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .exact_scores import as_rows, check_k, float_rows, from_keys, sort_rows, to_keys
 from .product import ENTRY
 from .ranker import Ranked, Ranker

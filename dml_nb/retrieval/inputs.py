@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.similarity import check_labels
+from ..core.checks import check_labels
 from .exact_scores import as_rows
 
 # %% ../../nbs/50_retrieval/05_inputs.ipynb #63564ba4

@@ -13,7 +13,7 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .clustering import class_distances, cluster_agreement, spectrum
 from .dense import positives_in_rows
 from .inputs import checked, depths

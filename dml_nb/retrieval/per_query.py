@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .inputs import checked
 from .metrics import each_query
 from .ranker import Ranker

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from dml_nb.retrieval.exact_scores import (
     METRICS,
     UP,

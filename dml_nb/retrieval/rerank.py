@@ -12,7 +12,7 @@ from time import perf_counter
 import pandas as pd
 from torch import Tensor
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .expansion import expanded_ranker
 from .inputs import checked
 from .kreciprocal import KReciprocal

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.similarity import unknown
+from ..core.checks import unknown
 from .exact_scores import METRICS, as_rows, check_k, float_rows
 from .exact_search import add_rows, faiss_or_error
 from .product import check_finite

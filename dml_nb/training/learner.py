@@ -17,7 +17,8 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.similarity import gather, unknown
+from ..core.checks import unknown
+from ..core.distributed import gather
 from dml_nb.data.loaders import (
     TensorSet,
     eval_loader,
