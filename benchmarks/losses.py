@@ -1,14 +1,19 @@
-"""Forward and backward of every loss, beside pytorch-metric-learning's where it has the same loss.
+"""Time and memory of every loss, compared with pytorch-metric-learning where it has the same loss.
 
-    python benchmarks/losses.py                         # all of it, about half an hour on two cores
+Measured is one forward and backward pass.
+
+    python benchmarks/losses.py                         # all losses, about half an hour on two cores
     python benchmarks/losses.py --losses circle triplet --batches 120 512
 
-Each case runs in a process of its own. There, calls of both packages alternate, and medians are compared, so that a
-slow moment of the machine hits both. At the largest batch, peak memory is measured in further processes, one for each
-package: the whole process at its peak, and how much of that came after it was ready for the first call. Batches hold
-8 images a class; embeddings have 512 dimensions. Where the other package has the loss, ours is set to its formula; the
-formula "default" is ours as `create_loss` gives it, measured at the largest batch. Losses with a memory or with synthetic
-classes are left out unless named: what they cost depends on how full the memory is.
+Each case runs in a process of its own. Calls of the two packages alternate, so a slow moment of the machine affects
+both, and the medians are compared. At the largest batch, peak memory is measured in further processes, one for each
+package: the peak of the whole process, and the part of it that came after the loss was ready for its first call.
+
+A batch holds 8 images a class, and embeddings have 512 dimensions. Where the other package has the loss, ours is set to
+its formula. The variant "default" is our loss as `create_loss` builds it; it is measured at the largest batch only.
+
+Losses with a memory, with synthetic or coarse classes, or with CP are measured only when they are named, because their
+cost depends on the state of the memory or of the schedule.
 """
 
 import argparse
@@ -28,13 +33,13 @@ from time import perf_counter
 
 import torch
 
-from dml_nb.losses import core, create_loss, list_losses
+from dml_nb.losses import base, create_loss, list_losses
 
 D, PER_CLASS = 512, 8
-LIMIT_S, LIMIT_GB = 150, 10
+LIMIT_S, LIMIT_GB = 150, 10  # of one process
 HERE = Path(__file__).parent
 
-# our loss: (our parameters, their class, their parameters); C and D are added where the signature has them
+# our loss: (our parameters, their class, their parameters); C and D are added for losses with proxies
 PEERS = {
     "contrastive": (dict(variant="pml"), "ContrastiveLoss", {}),
     "multi_similarity": (dict(mining_eps=None), "MultiSimilarityLoss", {}),
@@ -60,46 +65,52 @@ PEERS = {
 }
 
 
-# modules of the losses with a memory or with synthetic classes
-LEFT_OUT = ("memory", "prism", "virtual", "synthesis", "hierarchy", "hosts", "calibrate", "calibrate_hosts")
+# losses with a memory, with synthetic or with coarse classes; they and the cp_* losses run only when named
+ONLY_IF_NAMED = ("xbm", "mcl", "prism", "memvir", "proxy_synthesis", "smooth_proxy_anchor", "hpl")
 
 
-def plain_losses() -> list[str]:
-    return [name for name in list_losses() if core._registry[name].__module__.rpartition(".")[2] not in LEFT_OUT]
+def default_losses() -> list[str]:
+    "The losses of a full run."
+    return [name for name in list_losses() if name not in ONLY_IF_NAMED and not name.startswith("cp_")]
 
 
 def needs_classes(name: str) -> bool:
-    takes = signature(core._registry[name]).parameters
-    return "num_classes" in takes and takes["num_classes"].default is Parameter.empty
+    "Whether the loss cannot be built without the number of classes."
+    parameters = signature(base._registry[name]).parameters
+    return "num_classes" in parameters and parameters["num_classes"].default is Parameter.empty
 
 
 def ours(name, num_classes, default=False):
+    "Our loss, set to the other package's formula unless `default`."
     params = {} if default else PEERS.get(name, ({},))[0]
     if name == "softtriple" and num_classes > 1000:
         params = params | dict(proxies_per_class=2)  # the paper's value for Stanford Online Products
     loss = create_loss(name, num_classes, D, **params)
-    loss.set_epoch(1000)
+    loss.set_epoch(1000)  # past the start of every schedule
     return loss
 
 
 def theirs(name, num_classes):
+    "The other package's loss, or None if it has none."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pytorch_metric_learning import losses
     if name not in PEERS:
         return None
-    _, cls, params = PEERS[name]
-    sizes = dict(num_classes=num_classes, embedding_size=D) if needs_classes(name) and cls != "ManifoldLoss" else {}
+    _, class_name, params = PEERS[name]
+    has_classes = needs_classes(name) and class_name != "ManifoldLoss"
+    sizes = dict(num_classes=num_classes, embedding_size=D) if has_classes else {}
     if name == "softtriple" and num_classes > 1000:
         params = params | dict(centers_per_class=2)
-    loss = getattr(losses, cls)(**sizes, **params)
-    if cls == "ManifoldLoss":  # takes the meta-class of each sample instead of its label
-        plain = loss.forward
-        loss.forward = lambda x, y: plain(x, indices_tuple=y % params["K"])
+    loss = getattr(losses, class_name)(**sizes, **params)
+    if class_name == "ManifoldLoss":  # it takes the meta-class of each sample instead of its label
+        forward = loss.forward
+        loss.forward = lambda x, y: forward(x, indices_tuple=y % params["K"])
     return loss
 
 
-def data(batch, num_classes):
+def random_batch(batch, num_classes):
+    "Embeddings around class centres, with labels."
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(batch // PER_CLASS).repeat_interleave(PER_CLASS) % num_classes
     centers = torch.randn(num_classes, D, generator=generator)
@@ -107,6 +118,7 @@ def data(batch, num_classes):
 
 
 def step(loss, x, y):
+    "Seconds of one forward and backward pass."
     start = perf_counter()
     x = x.clone().requires_grad_()
     loss(x, y).backward()
@@ -116,13 +128,13 @@ def step(loss, x, y):
 
 
 def measure(name, batch, num_classes, who, default=False, budget=1.5):
-    "In a process of its own: medians in milliseconds, or the peak memory in MB of one package."
-    x, y = data(batch, num_classes)
+    "Run inside the process of one case: median milliseconds, or peak memory in MB of one package."
+    x, y = random_batch(batch, num_classes)
     both = {}
     if who != "theirs":
         both["ours"] = ours(name, num_classes, default)
-    if who in ("both", "theirs") and not default and (their := theirs(name, num_classes)) is not None:
-        both["theirs"] = their
+    if who in ("both", "theirs") and not default and (their_loss := theirs(name, num_classes)) is not None:
+        both["theirs"] = their_loss
     if who in ("ours", "theirs"):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for loss in both.values():
@@ -143,23 +155,22 @@ def measure(name, batch, num_classes, who, default=False, budget=1.5):
 
 
 def child(name, batch, num_classes, who, default=False):
-    "Measure in a fresh process; a word instead of numbers where it was stopped."
+    "Measure in a new process; the result holds `failed` with the reason if the process did not finish."
     command = [sys.executable, __file__, "--child", json.dumps([name, batch, num_classes, who, default])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return {"failed": f"over {LIMIT_S} s"}
     if done.returncode:
+        if "alloc" in done.stderr or "MemoryError" in done.stderr:
+            return {"failed": f"over {LIMIT_GB} GB"}
         lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-        return {
-            "failed": f"over {LIMIT_GB} GB"
-            if "alloc" in done.stderr or "MemoryError" in done.stderr
-            else lines[-1][:120]
-        }
+        return {"failed": lines[-1][:120]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def cases(names, batches, classes):
+    "All cases as (loss, default, batch, number of classes)."
     for name in names:
         for default in (False, True) if PEERS.get(name, ({},))[0] else (False,):
             for batch in batches[-1:] if default else batches:
@@ -168,6 +179,7 @@ def cases(names, batches, classes):
 
 
 def run(names, batches, classes):
+    "Measure all cases; yield one row of the table each."
     for name, default, batch, num_classes in cases(names, batches, classes):
         peer = name in PEERS and not default
         row = dict(
@@ -177,7 +189,7 @@ def run(names, batches, classes):
             classes=num_classes if needs_classes(name) else "",
         )
         got, note = child(name, batch, num_classes, "both" if peer else "time", default), ""
-        if "failed" in got and peer:  # most likely theirs: a B x B x B table
+        if "failed" in got and peer:  # usually the other package, which builds a B x B x B table for some losses
             note, got = f"theirs: {got['failed']}", child(name, batch, num_classes, "time")
         if "failed" in got:
             note = f"ours: {got['failed']}"
@@ -192,106 +204,106 @@ def run(names, batches, classes):
 
 
 def line(row):
+    "One row of the table as text."
+
     def show(value, unit):
         return f"{value:9.2f} {unit}" if value is not None else " " * 10 + "-" + " "
 
     ratio = f"{row['ratio']:6.1f}x" if row["ratio"] else "      -"
-    return (
-        f"{row['loss']:22}{row['variant'][:20]:21}{row['batch']:6}{row['classes']!s:>7} {show(row['ours_ms'], 'ms')} {show(row['theirs_ms'], 'ms')} {ratio} "
-        f"{show(row.get('ours_mb'), 'MB')} {show(row.get('theirs_mb'), 'MB')}  {row['note']}"
-    )
+    case = f"{row['loss']:22}{row['variant'][:20]:21}{row['batch']:6}{row['classes']!s:>7}"
+    times = f"{show(row['ours_ms'], 'ms')} {show(row['theirs_ms'], 'ms')} {ratio}"
+    return f"{case} {times} {show(row.get('ours_mb'), 'MB')} {show(row.get('theirs_mb'), 'MB')}  {row['note']}"
 
 
 def summary(rows):
+    "Print the geometric means of the ratios."
     ratios = {}
     for row in rows:
         if row["ratio"]:
             ratios.setdefault(row["loss"], []).append(row["ratio"])
     if not ratios:
         return
-    every = [r for some in ratios.values() for r in some]
-    left_out = sum(row["note"].startswith("theirs") for row in rows)
+    by_loss = [geometric_mean(of_loss) for of_loss in ratios.values()]
+    every = [ratio for of_loss in ratios.values() for ratio in of_loss]
+    unfinished = sum(row["note"].startswith("theirs") for row in rows)
+    print(f"geometric mean over {len(ratios)} losses (each by its own geometric mean): {geometric_mean(by_loss):.2f}x")
     print(
-        f"geometric mean over {len(ratios)} losses (of each loss's own geometric mean): {geometric_mean(map(geometric_mean, ratios.values())):.2f}x"
+        f"geometric mean over all {len(every)} cases: {geometric_mean(every):.2f}x; lowest {min(every):.2f}x; "
+        f"{unfinished} cases without a ratio, because the other package did not finish"
     )
-    print(
-        f"geometric mean over all {len(every)} cases: {geometric_mean(every):.2f}x; lowest {min(every):.2f}x; {left_out} cases without a ratio, because theirs did not finish"
-    )
+
+
+def processor() -> str:
+    "Name of the processor."
+    if sys.platform != "linux":
+        return platform.processor()
+    names = (part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name"))
+    return next(names, "")
+
+
+def write(rows, out, losses):
+    "Write the table; after a run of some losses, replace only the rows of these losses."
+    import pandas as pd
+
+    cpu, threads = processor(), torch.get_num_threads()
+    versions = dict(torch=version("torch"), pml=version("pytorch-metric-learning"))
+    words = re.findall(r"[A-Za-z0-9]+", cpu.replace("(R)", "").replace("CPU", ""))[:4]
+    hardware = "-".join(words).lower() or platform.machine()
+    file = out / f"losses-{hardware}-{threads}threads-torch{versions['torch']}-pml{versions['pml']}.csv"
+    out.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows).assign(cpu=cpu, threads=threads, **versions, date=str(date.today())).round(3)
+    if losses and file.exists():
+        kept = pd.read_csv(file)
+        table = pd.concat([kept[~kept.loss.isin(losses)], table]).sort_values("loss", kind="stable")
+    table.to_csv(file, index=False)
+    print(f"written: {file}")
+
+
+def measure_child(case):
+    "The inside of `child`: limit the memory, measure, print the result."
+    name, batch, num_classes, who, default = json.loads(case)
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GB * 2**30, LIMIT_GB * 2**30))
+    if not needs_classes(name):
+        num_classes = max(num_classes, batch // PER_CLASS)
+    print(json.dumps(measure(name, batch, num_classes, who, default)))
 
 
 def main():
-    import pandas as pd
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--losses", nargs="+", default=None, metavar="NAME")
-    parser.add_argument("--batches", nargs="+", type=int, default=[120, 512, 2048])
-    parser.add_argument("--classes", nargs="+", type=int, default=[100, 11318])
+    parser.add_argument(
+        "--losses",
+        nargs="+",
+        metavar="NAME",
+        help="losses to measure; by default all except those with a memory, with synthetic or coarse classes, or with CP",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[120, 512, 2048], help="batch sizes")
+    parser.add_argument(
+        "--classes", nargs="+", type=int, default=[100, 11318], help="numbers of classes, for losses with proxies"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        default=None,
-        help="folder of the CSV; a full run goes to benchmarks/results, any other is only printed unless this is given, and then renews its losses' lines",
+        help="folder of the CSV file. A full run is written to benchmarks/results. A run of some losses or batches is "
+        "only printed unless this option is given; then it replaces the rows of its losses",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        name, batch, num_classes, who, default = json.loads(args.child)
-        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GB * 2**30, LIMIT_GB * 2**30))
-        return print(
-            json.dumps(
-                measure(
-                    name,
-                    batch,
-                    max(num_classes, batch // PER_CLASS) if not needs_classes(name) else num_classes,
-                    who,
-                    default,
-                )
-            )
-        )
+        return measure_child(args.child)
     unknown = set(args.losses or []) - set(list_losses())
     if unknown:
-        parser.error(f"unknown loss {sorted(unknown)[0]!r}: known are {', '.join(list_losses())}")
-    print(
-        f"{'loss':22}{'formula':21}{'batch':>6}{'C':>7} {'ours':>12} {'theirs':>12} {'ratio':>7} {'ours peak':>12} {'theirs peak':>12}"
-    )
+        parser.error(f"unknown loss {sorted(unknown)[0]!r}. Known losses: {', '.join(list_losses())}")
+    sizes = f"{'loss':22}{'formula':21}{'batch':>6}{'C':>7}"
+    print(f"{sizes} {'ours':>12} {'theirs':>12} {'ratio':>7} {'ours peak':>12} {'theirs peak':>12}")
     rows = []
-    for row in run(args.losses or plain_losses(), args.batches, args.classes):
+    for row in run(args.losses or default_losses(), args.batches, args.classes):
         rows.append(row)
         print(line(row), flush=True)
     summary(rows)
-    out = args.out or (HERE / "results" if args.losses is None and args.batches == [120, 512, 2048] else None)
-    if out is None:
-        return
-    cpu = (
-        next((part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name")), "")
-        if sys.platform == "linux"
-        else platform.processor()
-    )
-    hardware = (
-        "-".join(re.findall(r"[A-Za-z0-9]+", cpu.replace("(R)", "").replace("CPU", ""))[:4]).lower()
-        or platform.machine()
-    )
-    file = (
-        out
-        / f"losses-{hardware}-{torch.get_num_threads()}threads-torch{version('torch')}-pml{version('pytorch-metric-learning')}.csv"
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    table = (
-        pd.DataFrame(rows)
-        .assign(
-            cpu=cpu,
-            threads=torch.get_num_threads(),
-            torch=version("torch"),
-            pml=version("pytorch-metric-learning"),
-            date=str(date.today()),
-        )
-        .round(3)
-    )
-    if args.losses and file.exists():
-        kept = pd.read_csv(file)
-        table = pd.concat([kept[~kept.loss.isin(args.losses)], table]).sort_values("loss", kind="stable")
-    table.to_csv(file, index=False)
-    print(f"written: {file}")
+    full_run = args.losses is None and args.batches == parser.get_default("batches")
+    out = args.out or (HERE / "results" if full_run else None)
+    if out is not None:
+        write(rows, out, args.losses)
 
 
 if __name__ == "__main__":

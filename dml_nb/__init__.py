@@ -1,4 +1,8 @@
-"Deep metric learning in notebooks. Importing this package imports nothing heavy: take what you need from its submodules."
+"Deep metric learning in notebooks. The package imports nothing heavy: import what you need from its submodules."
+
+from dml_nb.core.renamed import install_old_names
+
+install_old_names()  # stored run notebooks import modules by the names of their day
 
 
 def __getattr__(name):

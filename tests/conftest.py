@@ -1,4 +1,4 @@
-"A small real data set: glyphs as PNG files in class folders."
+"Fixtures: a small data set of PNG files, and the command line as a process of its own or inside the test process."
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def glyph_folder(tmp_path_factory) -> Path:
+    "Twelve classes of glyphs with twelve images each, as PNG files in class folders."
     from dml_nb.data import load_dataset
 
     train = load_dataset("glyphs").train
@@ -23,7 +24,7 @@ def glyph_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dml_nb(tmp_path):
-    "Run the command in an empty folder with a cache of its own."
+    "Run the command `dml_nb` in an empty folder with its own cache; check the exit status, return the output."
     command = Path(sys.executable).with_name("dml_nb")
     environment = os.environ | {"DML_NB_CACHE": str(tmp_path / "cache")}
 
@@ -40,7 +41,7 @@ def dml_nb(tmp_path):
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch):
-    "The same command inside this process, which saves importing torch each time."
+    "The same command inside the test process, which saves the time of importing torch."
     from typer.testing import CliRunner
 
     from dml_nb.face.cli import app

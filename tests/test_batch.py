@@ -1,4 +1,7 @@
-"Batches that are killed, doubled, spread over nodes, or meet bad files: nothing is run twice, no half result counts."
+"""Batches that are killed, started twice, spread over machines, or meet damaged files.
+
+No run is computed twice, and no incomplete result counts.
+"""
 
 import json
 import os
@@ -16,9 +19,8 @@ import psutil
 import pytest
 import torch
 
-from dml_nb.experiments import batch
+from dml_nb.experiments import batch, run_store
 from dml_nb.experiments import notebook_job as job_module
-from dml_nb.experiments import run_store as records
 from dml_nb.experiments.tables import find_rows
 
 SMALL = dict(backbone="small_cnn", embedding_size=32, batch_size=24, lr=0.001)
@@ -77,7 +79,7 @@ def check_resumed(folder, before, epochs=25):
     assert history.train_seconds[: len(before)].tolist() == pytest.approx(
         [line["train_seconds"] for line in before], rel=1e-4
     )
-    assert records.read_result(folder / "result.json")["last"]["epoch"] == epochs - 1
+    assert run_store.read_result(folder / "result.json")["last"]["epoch"] == epochs - 1
     assert (
         not (folder / "checkpoint.pt").exists() and not list(folder.glob("*.tmp*")) and not (folder / ".lock").exists()
     )
@@ -135,8 +137,8 @@ def test_a_killed_batch_is_finished_by_one_of_two_that_start_at_once(dml_nb, gly
 def test_a_failing_row_is_written_down_and_the_others_go_on(dml_nb, glyph_folder):
     rows = ["CP + PA K=3", "Proxy Anchor"]
     args = ["run", *rows, "--dataset", glyph_folder, *TINY, "--set", "epochs=1"]
-    first, _ = batch.plan([find_rows(name)[0] for name in rows], [0], str(glyph_folder), epochs=1, **SMALL)
-    folder = records.run_folder(dml_nb.folder / "runs", first.rows[0], first.settings, 0)
+    first, _ = batch.plan_jobs([find_rows(name)[0] for name in rows], [0], str(glyph_folder), epochs=1, **SMALL)
+    folder = run_store.run_folder(dml_nb.folder / "runs", first.rows[0], first.settings, 0)
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"cut short")
     output = dml_nb(*args, status=1)
@@ -195,7 +197,7 @@ def test_on_a_full_disk_nothing_half_counts(dml_nb, glyph_folder):
         name: (dml_nb.folder / f"{name}.txt").read_text() for name in ("first", "second", "status", "half", "whole")
     }
     assert done.returncode == 0, texts
-    assert texts["status"] == "1\n" and "is full: make room" in texts["first"] and texts["half"] == ""
+    assert texts["status"] == "1\n" and "is full: free some space" in texts["first"] and texts["half"] == ""
     assert "2 done, 0 failed: 2 run now" in texts["second"] and texts["whole"].count("result.json") == 2
 
 
@@ -207,7 +209,7 @@ def fake(monkeypatch):
     "A notebook that only writes a result; counts how often it is run."
     calls = []
 
-    def papermill(job, row, folder):
+    def run_notebook(job, row, folder):
         calls.append(row.id)
         (folder / "history.csv").write_text("epoch\n0\n")
         line = {"epoch": 0, "R@1": 0.5, "MAP@R": 0.25}
@@ -222,12 +224,13 @@ def fake(monkeypatch):
             claimed=row.claimed,
             own_setting=False,
             seconds=dict(train=1, evaluate=1, fit=2, notebook=3),
-            environment=dict(dml_nb=records.version("dml_nb")),
+            environment=dict(dml_nb=run_store.version("dml_nb")),
             data_checksum=job.checksum,
         )
-        (folder / "result.json").write_text(json.dumps(result))
+        run_store.stage_result(folder, result)
+        run_store.publish_result(folder)
 
-    monkeypatch.setattr(job_module, "run_notebook", papermill)
+    monkeypatch.setattr(job_module, "run_notebook", run_notebook)
     return calls
 
 
@@ -235,20 +238,20 @@ TINY_GLYPHS = dict(dataset="glyphs", backbone="small_cnn", epochs=1)
 
 
 def run(names, out, seeds=(0,), **changes):
-    return batch.execute_all([find_rows(name)[0] for name in names], list(seeds), out, **TINY_GLYPHS | changes)
+    return batch.run_rows([find_rows(name)[0] for name in names], list(seeds), out, **TINY_GLYPHS | changes)
 
 
 def test_rows_that_ask_for_the_same_share_a_run(fake, tmp_path, capsys):
     twins = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "002-III/cub-cp-pa"]
     done, _ = run(twins, tmp_path)
     assert len(fake) == 1 and "3 done, 0 failed: 1 run now, 0 done before, 2 shared" in capsys.readouterr().out
-    found = [records.read_result(folder / "result.json") for folder in done]
+    found = [run_store.read_result(folder / "result.json") for folder in done]
     assert [r["row"] for r in found] == twins and [r["claimed"] for r in found] == [
         find_rows(t)[0].claimed for t in twins
     ]
     assert [r.get("shared_with") for r in found] == [None] + [done[0].relative_to(tmp_path.resolve()).as_posix()] * 2
     late, _ = run(["002-IV/cars-cp-proxy-anchor-loss"], tmp_path)  # asked for on another day
-    assert len(fake) == 1 and records.read_result(late[0] / "result.json")["shared_with"] == found[1]["shared_with"]
+    assert len(fake) == 1 and run_store.read_result(late[0] / "result.json")["shared_with"] == found[1]["shared_with"]
     run(twins, tmp_path)
     assert len(fake) == 1 and "3 done before" in capsys.readouterr().out
 
@@ -288,7 +291,59 @@ def test_a_damaged_result_is_set_aside_and_run_again(fake, tmp_path, capsys, dam
     (folder / "result.json").write_text(damage((folder / "result.json").read_text()))
     run(["CP + PA K=3"], tmp_path)
     assert len(fake) == 2 and "is damaged" in capsys.readouterr().out
-    assert records.read_result(folder / "result.json") and (folder / "result.stale.json").exists()
+    assert run_store.read_result(folder / "result.json") and (folder / "result.stale.json").exists()
+
+
+@pytest.mark.parametrize(
+    "part, value, message",
+    [
+        ("best", None, "best is not a dict"),
+        ("settings", {}, "settings.dataset is missing"),
+        ("seconds", {}, "seconds.train is missing"),
+        ("environment", "x", "environment is not a dict"),
+        ("environment", dict(dml_nb="weird!"), "'weird!' is not a version"),
+        ("environment", dict(dml_nb=1), "1 is not a version"),
+        ("best", {"epoch": 0, "R@1": 0.5}, "best.MAP@R is missing"),
+        ("best", {"epoch": 1, "MAP@R": 0.3}, "best.R@1 is missing"),
+        ("last", {"epoch": 0, "R@1": "x", "MAP@R": 0.3}, "last.R@1 is not a number"),
+        ("last", {"epoch": 0, "R@1": 0.5, "MAP@R": float("inf")}, "last.MAP@R is not a number"),
+        ("best", {"epoch": 0, "R@1": 0.5, "MAP@R": 0.3, "deviation": None}, "best.deviation is not a number"),
+        ("shared_with", None, "shared_with is not a str"),
+        ("settings", "no recall_at", "settings.recall_at is not a list of numbers"),
+    ],
+)
+def test_what_is_wrong_with_a_damaged_result(fake, tmp_path, part, value, message):
+    (folder,), _ = run(["CP + PA K=3"], tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    if value == "no recall_at":
+        value = result["settings"] | dict(recall_at=[])
+    (folder / "result.json").write_text(json.dumps(result | {part: value}))
+    with pytest.raises(run_store.DamagedResult, match=f"is damaged: .*{re.escape(message)}"):
+        run_store.read_result(folder / "result.json")
+
+
+def test_a_file_that_is_no_result_is_damaged(tmp_path):
+    for content in ("", "[]", '{"row": "002', "{}"):
+        (tmp_path / "result.json").write_text(content)
+        with pytest.raises(run_store.DamagedResult, match="is damaged"):
+            run_store.read_result(tmp_path / "result.json")
+
+
+def test_a_notebook_that_is_killed_after_its_last_cell_leaves_no_result(fake, tmp_path, monkeypatch):
+    from nbclient.exceptions import DeadKernelError
+
+    stand_in = job_module.run_notebook
+
+    def dies(job, row, folder):
+        run_store.stage_result(folder, dict(row=row.id))
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(job_module, "run_notebook", dies)
+    done, (failure,) = run(["CP + PA K=3"], tmp_path)
+    assert not done and "was killed" in str(failure) and not list(tmp_path.glob("**/result.json"))
+    monkeypatch.setattr(job_module, "run_notebook", stand_in)
+    (folder,), _ = run(["CP + PA K=3"], tmp_path)
+    assert run_store.is_finished(folder) and not list(tmp_path.glob("**/result.pending.json"))
 
 
 def test_a_run_without_its_history_counts_but_is_not_shared(fake, tmp_path):
@@ -300,26 +355,26 @@ def test_a_run_without_its_history_counts_but_is_not_shared(fake, tmp_path):
     assert (
         done[0] == first
         and (done[1] / "history.csv").exists()
-        and "shared_with" not in records.read_result(done[1] / "result.json")
+        and "shared_with" not in run_store.read_result(done[1] / "result.json")
     )
     (done[1] / "history.csv").unlink()
     assert not run(rows, tmp_path)[1] and len(fake) == 3
 
 
 def test_a_file_that_cannot_be_read_or_written_fails_one_row(fake, tmp_path, monkeypatch, capsys):
-    shared = batch.share
+    share_result = batch.share_result
 
     def gone(folder, row, out):
         raise FileNotFoundError(2, "No such file or directory", str(folder / "history.csv"))
 
-    monkeypatch.setattr(batch, "share", gone)
+    monkeypatch.setattr(batch, "share_result", gone)
     names = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"]
     done, (failed,) = run(names, tmp_path)
     assert (
         len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command goes on" in str(failed)
     )
     assert "1 done, 1 failed" in capsys.readouterr().out
-    monkeypatch.setattr(batch, "share", shared)
+    monkeypatch.setattr(batch, "share_result", share_result)
     assert len(run(names, tmp_path)[0]) == 3 and len(fake) == 2
 
 
@@ -327,7 +382,7 @@ def test_a_disk_that_fills_while_a_run_is_shared_stops_the_batch(fake, tmp_path,
     def full(folder, row, out):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(batch, "share", full)
+    monkeypatch.setattr(batch, "share_result", full)
     with pytest.raises(OSError, match="No space left"):
         run(["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"], tmp_path)
     assert len(fake) == 1
@@ -346,11 +401,11 @@ def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeyp
     run(["CP + PA K=3"], tmp_path)
     run(["CP + PA K=3"], tmp_path, lr=0.5)  # another request is no change of the recipe
     assert "stale" not in capsys.readouterr().out
-    from dml_nb.experiments import recipes as settings
+    from dml_nb.experiments import recipes
 
-    changed = json.loads(json.dumps(settings.recipes()))
+    changed = json.loads(json.dumps(recipes.load_recipes()))
     changed["settings"]["finetune/glyphs"]["weight_decay"] = 0.25
-    monkeypatch.setattr(settings, "recipes", lambda: changed)
+    monkeypatch.setattr(recipes, "load_recipes", lambda: changed)
     run(["CP + PA K=3"], tmp_path)
     output = capsys.readouterr().out
     assert (
@@ -361,12 +416,12 @@ def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeyp
 
 
 def test_another_version_of_the_package_is_another_run(fake, tmp_path, capsys, monkeypatch):
-    from dml_nb.experiments import cost
+    from dml_nb.experiments import time_estimate
 
     run(["CP + PA K=3"], tmp_path)
-    for module in (job_module, records):
+    for module in (job_module, run_store):
         monkeypatch.setattr(module, "version", lambda name: "9.9.9")
-    monkeypatch.setattr(cost, "environment", lambda: dict(device="x"))
+    monkeypatch.setattr(time_estimate, "environment", lambda: dict(device="x"))
     run(["CP + PA K=3"], tmp_path)
     assert len(fake) == 2 and "now 9.9.9" in capsys.readouterr().out
 
@@ -392,7 +447,7 @@ def test_a_notebook_that_is_killed_every_time_fails_at_last(tmp_path, monkeypatc
 
     monkeypatch.setattr(job_module, "run_notebook", dies)
     done, (failure,) = run(["CP + PA K=3"], tmp_path, retries=2)
-    assert not done and len(tries) == 3 and "was killed 3 times, perhaps for want of memory" in str(failure)
+    assert not done and len(tries) == 3 and "was killed 3 times, perhaps for lack of memory" in str(failure)
 
 
 def test_a_full_disk_stops_the_batch(tmp_path, monkeypatch):
@@ -401,20 +456,21 @@ def test_a_full_disk_stops_the_batch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(job_module, "run_notebook", full)
     monkeypatch.setattr(job_module, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    with pytest.raises(OSError, match="is full: make room, and the same command goes on"):
+    with pytest.raises(OSError, match="is full: free some space; the same command then goes on"):
         run(["CP + PA K=3", "Proxy Anchor"], tmp_path)
     assert not list(tmp_path.glob("**/result.json"))
 
 
-def test_what_was_run_before_this_file_existed_still_counts():
-    "The committed results are found by the rules of today."
+def test_committed_results_lie_in_the_folders_of_today():
+    "The name of a folder is the hash of the settings as they are stored."
     committed = sorted((Path(__file__).parents[1] / "runs").glob("*/*/*/seed*/result.json"))
     for path in committed:
-        result = records.read_result(path)
+        result = run_store.read_result(path)
         row, (own,) = find_rows(result["row"])[0], find_rows(result["row"])
         assert own == row and result["claimed"] == row.claimed
-        if result["environment"]["dml_nb"] == records.version("dml_nb"):
-            assert path.parent == records.run_folder(path.parents[4], row, result["settings"], result["seed"])
+        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        if result["environment"]["dml_nb"] == run_store.version("dml_nb"):
+            assert path.parent == run_store.run_folder(path.parents[4], row, stored, result["seed"])
 
 
 # Ray
@@ -442,7 +498,7 @@ def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
     monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "cache"))
     rows = [find_rows(name)[0] for name in ("CP + PA K=3", "Proxy Anchor", "002-IV/cub-cp-proxy-anchor-loss")]
     asked = dict(dataset=str(glyph_folder), epochs=8, **SMALL)
-    jobs = batch.plan(rows, [0], **asked)
+    jobs = batch.plan_jobs(rows, [0], **asked)
     spread, killed = {}, []
     for i, what in Cluster(nodes).run(jobs, tmp_path / "there", retries=2):
         if not isinstance(what, str):
@@ -456,11 +512,11 @@ def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
             assert f"process {killed[0]}) was lost; resumed on" in what
     assert len(spread) == 2 and [len(spread[i]) for i in (0, 1)] == [2, 1] and len(killed) == 1
     check_resumed(spread[0][0].folder, before, 8)
-    alone, failed = batch.execute_all(rows, [0], tmp_path / "here", **asked)
+    alone, failed = batch.run_rows(rows, [0], tmp_path / "here", **asked)
     numbers = [
         {
             r["row"]: (r["best"], r["last"], r.get("shared_with"))
-            for r in (records.read_result(p) for p in (tmp_path / side).glob("**/result.json"))
+            for r in (run_store.read_result(p) for p in (tmp_path / side).glob("**/result.json"))
         }
         for side in ("here", "there")
     ]
@@ -487,7 +543,7 @@ def test_ctrl_c_ends_a_batch_on_ray_and_leaves_nothing_running(dml_nb, glyph_fol
     "address, message",
     [
         ("127.0.0.1:9", "does not answer"),
-        ("nonsense", "wants local, auto or host:port"),
+        ("nonsense", "expects local, auto or host:port"),
         ("no.such.host.invalid:6379", "does not answer"),
     ],
 )
@@ -522,9 +578,9 @@ def test_a_port_that_is_not_rays_is_noticed(shell):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--num-gpus", "1"], "--num-gpus is for --cluster"),
-        (["--set", "cluster=local"], "is no setting of a run"),
-        (["--seeds", "0,one"], "--seeds wants whole numbers"),
+        (["--num-gpus", "1"], "--num-gpus needs --cluster"),
+        (["--set", "cluster=local"], "is not a setting of a run"),
+        (["--seeds", "0,one"], "--seeds expects whole numbers"),
         (["--dataset", "cars"], "'cars' is not available"),
     ],
 )

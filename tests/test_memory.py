@@ -14,7 +14,7 @@ from dml_nb.losses import create_loss, list_losses
 from dml_nb.losses.base import takes_ids
 from dml_nb.losses.pair_base import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
-from dml_nb.training.learner import LossState, dml_learner, feature_dls
+from dml_nb.training.learner import FeedMemory, dml_learner, feature_dls
 
 C, D, B = 6, 8, 12
 MEMORY_LOSSES = {
@@ -23,7 +23,7 @@ MEMORY_LOSSES = {
     "prism": dict(memory_size=50, noise_rate=0.25, window=3),
     "memvir": dict(steps=2, gap=1, start_epoch=0),
     "cp_proxy_anchor": dict(start_epoch=0, capacity=5),
-    "cp_proxy_nca": dict(start_epoch=0, capacity=5, enqueue="before"),
+    "cp_proxy_nca": dict(start_epoch=0, capacity=5),
 }
 
 
@@ -51,7 +51,10 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_memory_term_agrees_with_pytorch_metric_learning(name):
-    "Value and gradient at every step, through three turns of the ring; theirs is the memory term alone and enqueues inside the loss."
+    """Value and gradient at every step, through three turns of the ring.
+
+    Their loss is the memory term alone and enqueues inside the loss.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         losses = pytest.importorskip(
@@ -64,7 +67,7 @@ def test_memory_term_agrees_with_pytorch_metric_learning(name):
     theirs = losses.CrossBatchMemory(other(losses), D, memory_size=50)
     for x, y in steps(13):
         x = torch.nn.functional.normalize(x).requires_grad_()
-        values = ours.against_memory(x, y), theirs(x, y)
+        values = ours.memory_term(x, y), theirs(x, y)
         grads = [torch.autograd.grad(value, x)[0] for value in values]
         across = [g - (g * x).sum(1, keepdim=True) * x for g in grads]  # ours normalises inside
         assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
@@ -121,7 +124,7 @@ def test_a_memory_as_large_as_the_batch_is_not_taken_for_it(name, params):
     value = loss(x, y)
     torch.manual_seed(0)
     assert value.item() == pytest.approx(
-        (loss.pair(x, y) + loss.pair(x, y, ref_emb=old, ref_labels=y)).item(), rel=1e-9
+        (loss.pair_loss(x, y) + loss.pair_loss(x, y, ref_emb=old, ref_labels=y)).item(), rel=1e-9
     )
 
 
@@ -155,7 +158,7 @@ def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
         else create_loss(name, 12, D, **params)
     )
     part, seen, references = loss.losses[name] if in_sum else loss, [], []
-    plain, against = part.remember, part._references
+    plain, against = part.remember, part.memory_pairs
 
     def remember(embeddings, labels, sample_ids):
         seen.append(sample_ids)
@@ -169,7 +172,7 @@ def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
         references.append((pos_BN & (sample_ids[:, None] == ids_N)).sum().item())
         return sim_BN, pos_BN, neg_BN
 
-    part.remember, part._references = remember, watched
+    part.remember, part.memory_pairs = remember, watched
     assert takes_ids(loss)
     _, y = train(loss)
     _, labels, ids = part.memory.entries()
@@ -207,7 +210,7 @@ def distributed(rank, folder):
 def one_of_two(rank, folder):
     mine, found = distributed(rank, folder), {}
     for name in MEMORY_LOSSES:
-        loss, callback = build(name), LossState()
+        loss, callback = build(name), FeedMemory()
         for step, (x, y) in enumerate(steps(9)):
             x, ids = (
                 x.float().double(),
@@ -216,7 +219,7 @@ def one_of_two(rank, folder):
             part = [each[mine] for each in (x, y, *ids)]
             assert gather(part[0]).equal(x) and gather(part[1]).equal(y) and own_rows(part[0]) == mine
             if name in ("xbm", "prism"):
-                found[name, step] = loss.against_memory(*part[:2], sample_ids=part[2]).item() * len(part[0]) / B
+                found[name, step] = loss.memory_term(*part[:2], sample_ids=part[2]).item() * len(part[0]) / B
             if name == "prism":
                 loss(*part[:2], sample_ids=part[2])
                 found["kept", step] = loss.last_active
@@ -248,12 +251,12 @@ def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
             x, ids = x.float().double(), (torch.arange(B) + 3 * step,) if takes_ids(single) else ()
             if name in ("xbm", "prism"):
                 assert sum(part[name, step] for part in found) == pytest.approx(
-                    single.against_memory(x, y, sample_ids=ids[0]).item(), rel=1e-6
+                    single.memory_term(x, y, sample_ids=ids[0]).item(), rel=1e-6
                 )
             if name.startswith("cp_"):
                 single(x, y)
             if name == "prism":
-                assert sum(part["kept", step] for part in found) == single.judge(x, y)[0].sum()
+                assert sum(part["kept", step] for part in found) == single.select_clean(x, y)[0].sum()
             single.remember(x.float(), y, *ids)
         if name == "memvir":  # the mean over processes, as DDP takes it
             x, y = next(steps(1))

@@ -19,11 +19,10 @@ from dml_nb.core.golden import fixture, golden_value
 from dml_nb.core.similarity import unit
 from dml_nb.retrieval import metrics as metrics_module
 from dml_nb.retrieval.clustering import class_distances, cluster_agreement, kmeans, spectrum
-from dml_nb.retrieval.kreciprocal import KReciprocal
-from dml_nb.retrieval.metrics import Positives, each_query, encode_labels, evaluate
-from dml_nb.retrieval.per_query import intervals, per_class, per_query
+from dml_nb.retrieval.metrics import Positives, encode_labels, evaluate, query_metrics
+from dml_nb.retrieval.query_analysis import intervals, per_class, per_query
 from dml_nb.retrieval.ranker import Ranker
-from dml_nb.retrieval.rerank import rerank_report
+from dml_nb.retrieval.rerank import KReciprocal, rerank_report
 
 K = (1, 2, 3, 4, 8, 50)
 RULES = ("optimistic", "pessimistic")
@@ -93,33 +92,33 @@ def agree(found, expected):
     assert {*found} == {*expected}
     for name in expected:
         torch.testing.assert_close(
-            found[name], expected[name], rtol=0, atol=1e-12, equal_nan=True, msg=lambda m: f"{name}: {m}"
+            found[name], expected[name], rtol=0, atol=1e-12, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
 @pytest.fixture
-def long(monkeypatch):
-    "Sets the share of the gallery from which on a list is long: 0 takes whole rows for every query, 1 lists for every query."
-    return lambda share: monkeypatch.setattr(metrics_module, "LONG", share)
+def set_large_class(monkeypatch):
+    "Set the share of the gallery above which a class is counted from whole rows; 0: every class, 1: no class."
+    return lambda share: monkeypatch.setattr(metrics_module, "LARGE_CLASS", share)
 
 
 @pytest.mark.parametrize("memory_mb, share", [(0.001, 0), (0.001, 1), (256.0, 0), (256.0, 1), (256.0, 1 / 8)])
 @pytest.mark.parametrize("name", DATA)
-def test_every_query_agrees_with_loops(name, memory_mb, share, long):
+def test_every_query_agrees_with_loops(name, memory_mb, share, set_large_class):
     x, y = DATA[name]
-    long(share)
-    found = each_query(x, y, recall_at=K, mrr=True, memory_mb=memory_mb)
+    set_large_class(share)
+    found = query_metrics(x, y, recall_at=K, mrr=True, memory_mb=memory_mb)
     for ties in RULES:
         agree(found[ties], brute_force(x, y, ties=ties))
 
 
 @pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize("name", DATA)
-def test_separate_gallery_agrees_with_loops(name, share, long):
+def test_separate_gallery_agrees_with_loops(name, share, set_large_class):
     x, y = DATA[name]
-    long(share)
+    set_large_class(share)
     parts = x[::2], y[::2], x[1::2], y[1::2]
-    found = each_query(*parts, recall_at=K, mrr=True)
+    found = query_metrics(*parts, recall_at=K, mrr=True)
     for ties in RULES:
         agree(found[ties], brute_force(*parts, ties=ties))
 
@@ -129,21 +128,21 @@ def test_deep_first_positives_are_counted_exactly():
     x = torch.randn(400, 4, generator=torch.Generator().manual_seed(2))
     x[300:] = x[:100]
     y = torch.arange(400) % 200
-    found = each_query(x, y, recall_at=K, mrr=True)
+    found = query_metrics(x, y, recall_at=K, mrr=True)
     for ties in RULES:
         agree(found[ties], brute_force(x, y, ties=ties))
 
 
 @pytest.mark.parametrize("classes, D", [(3, 512), (12, 16), (40, 64)])
-def test_rows_and_lists_agree_to_the_last_bit(classes, D, long):
+def test_rows_and_lists_agree_to_the_last_bit(classes, D, set_large_class):
     g = torch.Generator().manual_seed(classes)
     y = torch.randint(0, classes, (700,), generator=g)
     x = torch.randn(classes, D, generator=g)[y] + 3 * torch.randn(700, D, generator=g)
     x[650:] = x[:50]
     found = []
     for share in (0, 1 / 24, 1):
-        long(share)
-        found.append(each_query(x, y, recall_at=K, mrr=True, memory_mb=4))
+        set_large_class(share)
+        found.append(query_metrics(x, y, recall_at=K, mrr=True, memory_mb=4))
     for ties in RULES:
         for other in found[1:]:
             for name, values in found[0][ties].items():
@@ -225,7 +224,7 @@ def test_agrees_with_pytorch_metric_learning(name):
     x, y = DATA[name]
     z = unit(x.float()).contiguous()
     theirs = pml(z, y)
-    ours = {ties: each_query(z, y, recall_at=K, mrr=True)[ties] for ties in RULES}
+    ours = {ties: query_metrics(z, y, recall_at=K, mrr=True)[ties] for ties in RULES}
     counted = Positives(y, y, True).R > 0  # they leave lone queries out of P@1, too
     low, high = ({metric: ours[ties][metric][counted].mean().item() for metric in NAMES} for ties in reversed(RULES))
     for metric, other in NAMES.items():
@@ -264,7 +263,9 @@ def test_recall_agrees_with_faiss(name):
     index.add(z)
     near = index.search(z, len(z))[1]
     near = near[near != np.arange(len(z))[:, None]].reshape(len(z), -1)
-    high, low = ({name: v.mean().item() for name, v in each_query(x, y, recall_at=K)[ties].items()} for ties in RULES)
+    high, low = (
+        {name: v.mean().item() for name, v in query_metrics(x, y, recall_at=K)[ties].items()} for ties in RULES
+    )
     for k in K:
         theirs = (y.numpy()[near[:, :k]] == y.numpy()[:, None]).any(1).mean()
         assert low[f"R@{k}"] - 1e-12 <= theirs <= high[f"R@{k}"] + 1e-12
@@ -297,7 +298,7 @@ def sets(draw, least=2):
 
 def with_positives(*args):
     assume(bool((args[1][:, None] == args[3]).any()) if len(args) == 4 else len(args[1].unique()) < len(args[1]))
-    return each_query(*args, recall_at=K, mrr=True)
+    return query_metrics(*args, recall_at=K, mrr=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -388,7 +389,12 @@ def test_far_images_of_other_classes_change_nothing(part, count):
         (dict(recall_at=None), "recall_at must hold"),
         (dict(labels=None), "labels must be integers, got NoneType"),
         (dict(labels=pd.Series(["a", "b", "a", "b"])), "such as 'a': number them with"),
+        (dict(recall_at=1.5), "recall_at must hold"),
+        (dict(recall_at=(0, 1)), "recall_at must hold"),
+        (dict(labels=[0.0, 1.0, 0.0, 1.0]), "labels must be integers"),
+        (dict(labels=[0]), r"labels must have shape \(4,\)"),
         (dict(ties="best"), "unknown rule for ties"),
+        (dict(ties="optimist"), "did you mean 'optimistic'"),
         (dict(extra=("mrr",)), "did you mean 'MRR'"),
     ],
 )
@@ -435,10 +441,10 @@ def test_depths_may_be_a_number_or_anything_that_holds_some():
 
 
 def test_the_bar_can_be_switched_off(monkeypatch, capsys):
-    from dml_nb.retrieval import product
+    from dml_nb.retrieval import ranker
 
-    bar = product.tqdm
-    monkeypatch.setattr(product, "tqdm", lambda *args, **kwargs: bar(*args, **(kwargs | dict(delay=0))))
+    bar = ranker.tqdm
+    monkeypatch.setattr(ranker, "tqdm", lambda *args, **kwargs: bar(*args, **(kwargs | dict(delay=0))))
     x, y = DATA["clustered"]
     for progress in (True, False):
         evaluate(x, y, with_nmi=False, progress=progress)
@@ -512,6 +518,10 @@ def test_intervals_hold_the_value_and_repeat():
     assert (nothing == 0).all(axis=None)
     wide, narrow = (intervals(queries, level=level, draws=300).loc["MAP@R"] for level in (0.99, 0.5))
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
+    with pytest.raises(ValueError, match="draws must be at least 1"):
+        intervals(queries, draws=0)
+    with pytest.raises(ValueError, match="did you mean 'optimistic'"):
+        per_query(x, y, ties="optimist")
 
 
 # re-ranking
@@ -549,12 +559,12 @@ def test_k_reciprocal_agrees_with_dense_sets(name):
     expected = torch.from_numpy(dense_k_reciprocal(x, 7, 3, 0.3)).float().fill_diagonal_(-torch.inf)
     for memory_mb in (0.01, 256.0):
         ranker = KReciprocal(x, k1=7, k2=3, weight=0.3, memory_mb=memory_mb)
-        for part in ranker.ranked(5):
-            for i, row in enumerate(part.rows.tolist()):
-                listed = part.scores[part.start[i] : part.start[i + 1]]
+        for lists in ranker.ranked_lists(5):
+            for i, row in enumerate(lists.rows.tolist()):
+                listed = lists.scores[lists.offsets[i] : lists.offsets[i + 1]]
                 torch.testing.assert_close(listed[:5], expected[row].topk(5).values, rtol=0, atol=1e-5)
-    plain = each_query(x, y, mrr=True)["optimistic"]
-    agree(each_query(x, y, mrr=True, ranker=KReciprocal(x, k1=7, k2=3, weight=1.0))["optimistic"], plain)
+    plain = query_metrics(x, y, mrr=True)["optimistic"]
+    agree(query_metrics(x, y, mrr=True, ranker=KReciprocal(x, k1=7, k2=3, weight=1.0))["optimistic"], plain)
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -586,22 +596,21 @@ def test_k_reciprocal_at_its_defaults_whatever_the_budget():
     pd.testing.assert_frame_equal(*reports, rtol=0, atol=1e-12)
     ranker, whole = (KReciprocal(x, memory_mb=memory_mb) for memory_mb in (0.2, 256.0))
     assert len(list(ranker._chunks(None))) > 5
-    start = torch.randint(0, 9, (300,), generator=g).cumsum(0)
-    start = torch.cat([start[:1] * 0, start])
-    ids = torch.randint(0, 300, (int(start[-1]),), generator=g)
-    assert torch.equal(
-        ranker.pair_scores(torch.arange(300), start, ids), whole.pair_scores(torch.arange(300), start, ids)
-    )
+    offsets = torch.randint(0, 9, (300,), generator=g).cumsum(0)
+    offsets = torch.cat([offsets[:1] * 0, offsets])
+    ids = torch.randint(0, 300, (int(offsets[-1]),), generator=g)
+    pairs = torch.arange(300), offsets, ids
+    assert torch.equal(ranker.pair_scores(*pairs), whole.pair_scores(*pairs))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", DATA)
-def test_gpu_equals_cpu(name, long):
+def test_gpu_equals_cpu(name, set_large_class):
     x, y = DATA[name]
     n = min(5, len(x) - 1)
     for share in (0, 1):
-        long(share)
-        on_cpu, on_gpu = (each_query(x.to(device), y, recall_at=K, mrr=True) for device in ("cpu", "cuda"))
+        set_large_class(share)
+        on_cpu, on_gpu = (query_metrics(x.to(device), y, recall_at=K, mrr=True) for device in ("cpu", "cuda"))
         for ties in RULES:
             agree({metric: values.cpu() for metric, values in on_gpu[ties].items()}, on_cpu[ties])
     methods = dict(query_expansion=dict(n=n), k_reciprocal=dict(k1=n, k2=min(2, n)))
@@ -613,8 +622,8 @@ def test_gpu_equals_cpu(name, long):
 
 MEMORY = """
 import torch
-from dml_nb.retrieval.per_query import per_query
-from dml_nb.retrieval.expansion import expand
+from dml_nb.retrieval.query_analysis import per_query
+from dml_nb.retrieval.rerank import expand
 from dml_nb.retrieval.metrics import evaluate
 
 def peak(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
@@ -650,12 +659,18 @@ def test_memory_is_bounded():
     assert len(grown) == 7 and max(grown[:-1]) < 128 and grown[-1] < 64, grown
 
 
-def test_ranker_of_another_class_is_taken():
-    x, y = DATA["clustered"]
-    agree(
-        each_query(x, y, ranker=Ranker(x, metric="cosine", precision="float32"))["optimistic"],
-        each_query(x, y)["optimistic"],
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("name", DATA)
+def test_the_precision_of_the_ranker_does_not_matter(name, precision, set_large_class):
+    x, y = DATA[name]
+    set_large_class(1)
+    expected, found = (
+        query_metrics(x, y, mrr=True),
+        query_metrics(x, y, mrr=True, ranker=Ranker(x, precision=precision)),
     )
+    for ties in RULES:
+        for metric, values in expected[ties].items():
+            assert torch.equal(found[ties][metric].nan_to_num(), values.nan_to_num())
 
 
 # training on several processes

@@ -1,4 +1,4 @@
-"pytorch-metric-learning, as an independent oracle, gives the same values and gradients wherever both have the loss."
+"Values and gradients agree with pytorch-metric-learning wherever both packages have the loss."
 
 import math
 import warnings
@@ -8,8 +8,8 @@ import torch
 
 from dml_nb.core.golden import fixture
 from dml_nb.losses import create_loss
+from dml_nb.losses.base import to_masks
 from dml_nb.losses.miners import create_miner
-from dml_nb.losses.pair_base import to_masks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -20,71 +20,72 @@ C, D = 5, 8
 SIZES = dict(num_classes=C, embedding_size=D)
 
 
-def squared():
+def squared_euclidean():
     return distances.LpDistance(power=2)
 
 
-def mined(loss, miner):
+def with_miner(loss, miner):
+    "Their loss on the pairs that their miner selects."
     return lambda x, y: loss(x, y, miner(x, y))
 
 
 EASY = dict(allowed_pos_range=(0, 0.9999), allowed_neg_range=(0, 1))
 
-# what is compared: our parameters, their loss, the tolerance where theirs has an epsilon of its own
+# name of our loss, optionally with a comment: (our parameters, their loss, tolerance if not 1e-10)
 PAIRS = {
     "contrastive": (
-        [dict(variant="pml", margin=0.5, pos_margin=0.1)],
+        dict(variant="pml", margin=0.5, pos_margin=0.1),
         lambda: losses.ContrastiveLoss(pos_margin=0.1, neg_margin=0.5),
     ),
-    "multi_similarity": ([dict(mining_eps=None)], lambda: losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)),
+    "multi_similarity": (dict(mining_eps=None), lambda: losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)),
     "multi_similarity, mined": (
-        [dict()],
-        lambda: mined(losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1)),
+        dict(),
+        lambda: with_miner(losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner(0.1)),
     ),
-    "circle": ([dict()], lambda: losses.CircleLoss(m=0.4, gamma=80), 1e-9),
-    "circle, faces": ([dict(preset="face")], lambda: losses.CircleLoss(m=0.25, gamma=256), 1e-9),
+    "circle": (dict(), lambda: losses.CircleLoss(m=0.4, gamma=80), 1e-9),
+    "circle, faces": (dict(preset="face"), lambda: losses.CircleLoss(m=0.25, gamma=256), 1e-9),
     "triplet, squared": (
-        [dict(rule="all", reduction="active")],
-        lambda: losses.TripletMarginLoss(0.2, distance=squared()),
+        dict(rule="all", reduction="active"),
+        lambda: losses.TripletMarginLoss(0.2, distance=squared_euclidean()),
     ),
-    "triplet": ([dict(rule="all", squared=False, reduction="active")], lambda: losses.TripletMarginLoss(0.2)),
+    "triplet": (dict(rule="all", squared=False, reduction="active"), lambda: losses.TripletMarginLoss(0.2)),
     "triplet, plain mean": (
-        [dict(rule="all")],
-        lambda: losses.TripletMarginLoss(0.2, distance=squared(), reducer=reducers.MeanReducer()),
+        dict(rule="all"),
+        lambda: losses.TripletMarginLoss(0.2, distance=squared_euclidean(), reducer=reducers.MeanReducer()),
     ),
     "triplet, semi-hard": (
-        [dict(preset="proxy_anchor_repo")],
-        lambda: mined(losses.TripletMarginLoss(0.1), miners.TripletMarginMiner(0.1, "semihard")),
+        dict(preset="proxy_anchor_repo"),
+        lambda: with_miner(losses.TripletMarginLoss(0.1), miners.TripletMarginMiner(0.1, "semihard")),
     ),
     "triplet, hardest": (
-        [dict(miner="hard", reduction="active")],
-        lambda: mined(losses.TripletMarginLoss(0.2, distance=squared()), miners.BatchHardMiner()),
+        dict(miner="hard", reduction="active"),
+        lambda: with_miner(losses.TripletMarginLoss(0.2, distance=squared_euclidean()), miners.BatchHardMiner()),
     ),
-    "margin": ([dict(rule="all")], losses.MarginLoss, 1e-6),
-    "npair": ([dict(preset="pml")], losses.NPairsLoss),
+    "margin": (dict(rule="all"), losses.MarginLoss, 1e-6),
+    "npair": (dict(preset="pml"), losses.NPairsLoss),
     "npair, raw": (
-        [dict(preset="proxy_anchor_repo")],
+        dict(preset="proxy_anchor_repo"),
         lambda: losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False)),
     ),
-    "tuplet_margin": ([dict()], lambda: losses.TupletMarginLoss(5.73, 64)),
-    "intra_pair_variance": ([dict()], losses.IntraPairVarianceLoss),
-    "nca": ([dict()], lambda: losses.NCALoss(1)),
-    "ranked_list": ([dict(preset="pml")], lambda: losses.RankedListLoss(margin=0.4, Tn=10)),
-    "lifted_structure": ([dict(normalize=True)], losses.LiftedStructureLoss),
+    "tuplet_margin": (dict(), lambda: losses.TupletMarginLoss(5.73, 64)),
+    "intra_pair_variance": (dict(), losses.IntraPairVarianceLoss),
+    "nca": (dict(), lambda: losses.NCALoss(1)),
+    "ranked_list": (dict(preset="pml"), lambda: losses.RankedListLoss(margin=0.4, Tn=10)),
+    "lifted_structure": (dict(normalize=True), losses.LiftedStructureLoss),
     "lifted_structure, raw": (
-        [dict()],
+        dict(),
         lambda: losses.LiftedStructureLoss(distance=distances.LpDistance(normalize_embeddings=False)),
     ),
     "easy_positive, hard": (
-        [dict(preset="ephn")],
-        lambda: mined(
+        dict(preset="ephn"),
+        lambda: with_miner(
             losses.NTXentLoss(temperature=0.1),
             miners.BatchEasyHardMiner("easy", "hard", distance=distances.CosineSimilarity(), **EASY),
         ),
     ),
     "easy_positive": (
-        [dict()],
-        lambda: mined(
+        dict(),
+        lambda: with_miner(
             losses.NTXentLoss(temperature=0.1),
             miners.BatchEasyHardMiner("easy", "semihard", distance=distances.CosineSimilarity(), **EASY),
         ),
@@ -92,16 +93,16 @@ PAIRS = {
 }
 
 PROXIES = {
-    "norm_softmax": ([dict()], lambda: losses.NormalizedSoftmaxLoss(C, D)),
-    "cosface": ([dict()], lambda: losses.CosFaceLoss(C, D)),
-    "arcface": ([dict()], lambda: losses.ArcFaceLoss(C, D)),
+    "norm_softmax": (dict(), lambda: losses.NormalizedSoftmaxLoss(C, D)),
+    "cosface": (dict(), lambda: losses.CosFaceLoss(C, D)),
+    "arcface": (dict(), lambda: losses.ArcFaceLoss(C, D)),
     "arcface, revisiting": (
-        [dict(preset="revisiting")],
+        dict(preset="revisiting"),
         lambda: losses.ArcFaceLoss(C, D, margin=math.degrees(0.5), scale=16),
     ),
-    "softtriple": ([dict(proxies_per_class=3, tau=0.0)], lambda: losses.SoftTripleLoss(C, D, centers_per_class=3)),
+    "softtriple": (dict(proxies_per_class=3, tau=0.0), lambda: losses.SoftTripleLoss(C, D, centers_per_class=3)),
     "softtriple, regularised": (
-        [dict(proxies_per_class=3)],
+        dict(proxies_per_class=3),
         lambda: losses.SoftTripleLoss(
             C,
             D,
@@ -111,10 +112,10 @@ PROXIES = {
         ),
         1e-5,
     ),
-    "proxy_nca": ([dict(smoothing=0.0)], lambda: losses.ProxyNCALoss(C, D, softmax_scale=9)),
-    "proxy_nca, scale 32": ([dict(preset="proxy_anchor_repo")], lambda: losses.ProxyNCALoss(C, D, softmax_scale=32)),
-    "proxy_nca_pp": ([dict()], lambda: losses.ProxyNCALoss(C, D, softmax_scale=9)),
-    "proxy_anchor": ([dict()], lambda: losses.ProxyAnchorLoss(C, D)),
+    "proxy_nca": (dict(smoothing=0.0), lambda: losses.ProxyNCALoss(C, D, softmax_scale=9)),
+    "proxy_nca, scale 32": (dict(preset="proxy_anchor_repo"), lambda: losses.ProxyNCALoss(C, D, softmax_scale=32)),
+    "proxy_nca_pp": (dict(), lambda: losses.ProxyNCALoss(C, D, softmax_scale=9)),
+    "proxy_anchor": (dict(), lambda: losses.ProxyAnchorLoss(C, D)),
 }
 
 
@@ -125,17 +126,18 @@ def batches():
     yield torch.randn(40, D, generator=generator, dtype=torch.float64), torch.arange(40) % C
 
 
-def agree(ours, theirs, x, y, tolerance, parts=()):
+def assert_agreement(ours, theirs, x, y, tolerance=1e-10):
+    "Same value, and same gradient by the embeddings."
     x = x.clone().requires_grad_()
     values = [loss(x, y) for loss in (ours, theirs)]
-    grads = [torch.autograd.grad(value, (x, *part))[0] for value, part in zip(values, parts or [(), ()])]
+    grads = [torch.autograd.grad(value, x)[0] for value in values]
     assert values[0].item() == pytest.approx(values[1].item(), rel=tolerance)
     torch.testing.assert_close(*grads, rtol=tolerance, atol=max(tolerance / 10, 1e-12))
 
 
 @pytest.fixture(autouse=True)
 def float64():
-    "Theirs makes its constants in the default type."
+    "Their losses create constants in the default dtype."
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -143,35 +145,36 @@ def float64():
 
 @pytest.mark.parametrize("case", PAIRS)
 def test_pair_losses_agree(case):
-    (ours,), theirs, *tolerance = PAIRS[case]
+    ours, theirs, *tolerance = PAIRS[case]
     for x, y in batches():
-        agree(create_loss(case.partition(",")[0], **ours), theirs(), x, y, *(tolerance or [1e-10]))
+        assert_agreement(create_loss(case.partition(",")[0], **ours), theirs(), x, y, *tolerance)
 
 
 @pytest.mark.parametrize("case", PROXIES)
 def test_proxy_losses_agree(case):
     torch.manual_seed(0)
-    (params,), theirs, *tolerance = PROXIES[case]
+    ours, theirs, *tolerance = PROXIES[case]
     for x, y in batches():
-        ours, other = create_loss(case.partition(",")[0], **SIZES, **params).double(), theirs().double()
-        (weight,) = other.parameters()
-        table = ours.proxies.detach().flatten(0, -2)
-        weight.data = table.clone() if weight.shape == table.shape else table.T.clone()
-        agree(ours, other, x, y, *(tolerance or [1e-10]))
-        mine, yours = (torch.autograd.grad(loss(x, y), p)[0] for loss, p in ((ours, ours.proxies), (other, weight)))
-        mine = mine.flatten(0, -2)
-        torch.testing.assert_close(
-            mine, yours if yours.shape == mine.shape else yours.T, rtol=max(1e-5, 10 * (tolerance or [0])[0]), atol=1e-8
-        )
+        our_loss = create_loss(case.partition(",")[0], **SIZES, **ours).double()
+        their_loss = theirs().double()
+        (their_proxies,) = their_loss.parameters()
+        table = our_loss.proxies.detach().flatten(0, -2)
+        transposed = their_proxies.shape != table.shape
+        their_proxies.data = table.T.clone() if transposed else table.clone()
+        assert_agreement(our_loss, their_loss, x, y, *tolerance)
+        our_grad = torch.autograd.grad(our_loss(x, y), our_loss.proxies)[0].flatten(0, -2)
+        their_grad = torch.autograd.grad(their_loss(x, y), their_proxies)[0]
+        rtol = max(1e-5, 10 * (tolerance or [0])[0])
+        torch.testing.assert_close(our_grad, their_grad.T if transposed else their_grad, rtol=rtol, atol=1e-8)
 
 
 def test_histogram_agrees():
     for x, y in batches():
-        agree(create_loss("histogram"), losses.HistogramLoss(100), x, y, 1e-9)
+        assert_agreement(create_loss("histogram"), losses.HistogramLoss(100), x, y, 1e-9)
 
 
 def test_angular_agrees_on_unit_vectors():
-    # theirs does not normalise the negatives, so only the part of the gradient across the vectors can agree
+    # their loss does not normalise the negatives, so only the part of the gradient across the vectors can agree
     for x, y in batches():
         z = torch.nn.functional.normalize(x).requires_grad_()
         values = [loss(z, y) for loss in (create_loss("angular", preset="pml"), losses.AngularLoss(40))]
@@ -183,18 +186,19 @@ def test_angular_agrees_on_unit_vectors():
 
 def test_index_tuples_work_in_both_directions():
     for x, y in batches():
-        theirs = miners.MultiSimilarityMiner(0.1)(x, y)
-        loss = create_loss("contrastive", variant="pml")
-        assert loss(x, y, indices_tuple=theirs).item() == pytest.approx(
-            losses.ContrastiveLoss()(x, y, theirs).item(), rel=1e-10
-        )
-        ours = create_miner("multi_similarity")(x, y)
-        assert losses.MultiSimilarityLoss()(x, y, ours).item() == pytest.approx(
-            create_loss("multi_similarity")(x, y).item(), rel=1e-10
-        )
-        triplets = create_miner("hard")(x, y)
-        hardest = create_loss("triplet", squared=False, reduction="active")(x, y, indices_tuple=triplets)
-        assert losses.TripletMarginLoss(0.2)(x, y, triplets).item() == pytest.approx(hardest.item(), rel=1e-10)
+        their_pairs = miners.MultiSimilarityMiner(0.1)(x, y)
+        our_value = create_loss("contrastive", variant="pml")(x, y, indices_tuple=their_pairs)
+        their_value = losses.ContrastiveLoss()(x, y, their_pairs)
+        assert our_value.item() == pytest.approx(their_value.item(), rel=1e-10)
+
+        our_pairs = create_miner("multi_similarity")(x, y)
+        our_value, their_value = create_loss("multi_similarity")(x, y), losses.MultiSimilarityLoss()(x, y, our_pairs)
+        assert their_value.item() == pytest.approx(our_value.item(), rel=1e-10)
+
+        our_triplets = create_miner("hard")(x, y)
+        our_value = create_loss("triplet", squared=False, reduction="active")(x, y, indices_tuple=our_triplets)
+        their_value = losses.TripletMarginLoss(0.2)(x, y, our_triplets)
+        assert their_value.item() == pytest.approx(our_value.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -206,17 +210,17 @@ def test_index_tuples_work_in_both_directions():
         (("easy_positive", {}), lambda: miners.BatchEasyHardMiner("easy", "semihard")),
     ],
 )
-def test_miners_choose_the_same(ours, theirs):
+def test_miners_select_the_same_pairs(ours, theirs):
     for x, y in batches():
-        mine, yours = (
+        our_masks, their_masks = (
             torch.stack(to_masks(miner(x, y), (len(x), len(x))))
             for miner in (create_miner(ours[0], **ours[1]), theirs())
         )
-        assert mine.equal(yours)
+        assert our_masks.equal(their_masks)
 
 
 def test_manifold_agrees():
-    # theirs inverts the matrix in float32
+    # their loss inverts the matrix in float32
     for x, y in batches():
         ours = create_loss("manifold_proxy", **SIZES, num_proxies=C).double()
         theirs = losses.ManifoldLoss(l=D, K=C).double()

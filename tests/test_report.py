@@ -18,10 +18,12 @@ from dml_nb.experiments.compare import CLAIMED, OWN, RANK, side_by_side
 from dml_nb.experiments.forms import styled, to_html, to_markdown
 from dml_nb.experiments.parts import parts
 from dml_nb.experiments.recipes import settings_for
-from dml_nb.experiments.report import load_results, write_report
-from dml_nb.experiments.results import interval, runs_frame
+from dml_nb.experiments.report import write_report
+from dml_nb.experiments.results import load_results
+from dml_nb.experiments.results import runs_frame
+from dml_nb.experiments.statistics import interval
 from dml_nb.experiments.statistics import agreement, holm, paired, paired_tests, variant_tests
-from dml_nb.experiments.tables import all_rows, missing, row_of
+from dml_nb.experiments.tables import all_rows, why_not_runnable, row_of
 
 ROOT = Path(__file__).parents[1]
 FROZEN = dict(dataset="cub", backbone="efficientnet_lite0", regime="frozen")
@@ -241,7 +243,7 @@ def test_every_metric_that_a_table_claims_is_shown(tmp_path):
 
 
 def test_every_row_keeps_its_claims_and_gets_no_difference_in_another_setting(tmp_path):
-    rows = [row for row in all_rows().values() if missing(row, "cub", "efficientnet_lite0") is None]
+    rows = [row for row in all_rows().values() if why_not_runnable(row, "cub", "efficientnet_lite0") is None]
     results = [write_run(tmp_path, row.id) for row in rows]
     for row, result in zip(rows, results):
         table = side_by_side([result], metrics=tuple(row.claimed))

@@ -1,4 +1,4 @@
-"The registry: every cell of the sources' tables is there once and unchanged, and so would be those of any other file."
+"Tables and recipes: no printed value is lost, every value of a run has a source, and wrong settings are refused."
 
 import json
 from collections import Counter, defaultdict
@@ -10,21 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dml_nb
-from dml_nb.experiments import recipes as settings_module
-from dml_nb.experiments import tables as rows_module
+from dml_nb.experiments import recipes as recipes_module
+from dml_nb.experiments import tables as tables_module
 from dml_nb.experiments.provenance import contradictions, describe, explain
-from dml_nb.experiments.recipes import check_keys, layers, loss_defaults, own_setting, settings_for
+from dml_nb.experiments.recipes import (
+    check_setting_names,
+    is_table_setting,
+    setting_layers,
+    settings_for,
+)
 from dml_nb.experiments.tables import (
     all_rows,
-    count_printed,
+    count_printed_rows,
     find_rows,
     find_table,
-    missing,
-    own_rows,
-    recipes,
+    load_recipes,
+    loss_defaults,
+    loss_rows,
     row_of,
-    rows_of,
+    rows_from_lines,
     slug,
+    why_not_runnable,
 )
 from dml_nb.losses import create_loss, list_losses
 
@@ -37,7 +43,7 @@ def cells_of_file():
 
 
 def as_cells(rows):
-    "What a registry says, in the terms of the file."
+    "The values of rows, as counted tuples that can be compared with a file."
     return Counter(
         (row.table, row.dataset, row.backbone, row.embedding_size, row.method, row.noise, metric, value)
         for row in rows.values()
@@ -46,7 +52,7 @@ def as_cells(rows):
 
 
 def as_printed(lines):
-    known = recipes()
+    known = load_recipes()
     return Counter(
         (
             f"{line['source']}-{line['table']}",
@@ -69,12 +75,12 @@ def test_every_cell_stands_in_exactly_one_row_unchanged():
 
 
 def test_113_rows_are_printed_in_thirteen_tables():
-    "The counts of METHODS, section 9."
+    "Printed rows for each table of the three sources."
     printed = {row.printed: row.table for row in all_rows().values()}
     expected = {"000-T1": 12, "000-T2": 9, "000-T3": 6, "000-T4": 7, "000-T5": 6, "000-T6": 7, "001-T1": 7, "001-T2": 6}
     expected |= {"002-I": 6, "002-II": 10, "002-III": 13, "002-IV": 13, "002-V": 11}
     assert Counter(printed.values()) == expected and len(printed) == 113 and len(expected) == 13
-    whole, part = count_printed(all_rows().values())[1:]
+    whole, part = count_printed_rows(all_rows().values())[1:]
     assert 0 < whole and whole + part < 113
 
 
@@ -106,9 +112,9 @@ lines = st.fixed_dictionaries(
 @given(st.lists(lines, max_size=25))
 def test_any_file_is_kept_whole_or_refused(made_up):
     try:
-        rows = rows_of(made_up)
+        rows = rows_from_lines(made_up)
     except ValueError as e:
-        assert "stands there" in str(e)
+        assert "occurs" in str(e)
         return
     assert as_cells(rows) == as_printed(made_up)
 
@@ -117,16 +123,16 @@ def test_any_file_is_kept_whole_or_refused(made_up):
 @given(st.lists(lines, min_size=1, max_size=10, unique_by=lambda line: slug(line["method"])), st.data())
 def test_a_doubled_cell_is_never_swallowed(made_up, data):
     again = data.draw(st.sampled_from(made_up))
-    with pytest.raises(ValueError, match="stands there twice"):
-        rows_of([*made_up, dict(again, value="0")])
+    with pytest.raises(ValueError, match="occurs twice"):
+        rows_from_lines([*made_up, dict(again, value="0")])
 
 
 def test_the_order_of_the_file_does_not_matter():
-    assert rows_of(cells_of_file()[::-1]) == all_rows()
+    assert rows_from_lines(cells_of_file()[::-1]) == all_rows()
 
 
 def test_every_method_has_a_recipe_or_says_which_part_is_missing():
-    known = recipes()
+    known = load_recipes()
     built, absent = ([name for entry in known[kind] for name in entry["names"]] for kind in ("methods", "missing"))
     names = Counter(built + absent)
     assert max(names.values()) == 1 and set(names) == {row.method for row in all_rows().values()}
@@ -134,13 +140,13 @@ def test_every_method_has_a_recipe_or_says_which_part_is_missing():
     for row in all_rows().values():
         assert (row.recipe is None) == (row.method in absent)
         if row.recipe is None:
-            assert "is not built yet: it needs " in missing(row)
+            assert "is not built yet: it needs " in why_not_runnable(row)
 
 
 def test_every_value_of_every_recipe_has_a_source():
-    known = recipes()
+    known = load_recipes()
     for row in all_rows().values():
-        if missing(row) is not None:
+        if why_not_runnable(row) is not None:
             continue
         frame = explain(row)
         assert frame.source.str.len().min() > 3
@@ -162,15 +168,13 @@ def test_what_no_source_states_is_a_guess():
         and not contrastive.loc["embedding_size", "guess"]
     )
     stated = ["lr", "epochs", "batch_size", "train_crop", "crops", "optimizer", "loss.capacity", "loss.alpha"]
-    assert (
-        not cp.loc[stated, "guess"].any() and cp.loc[["schedule", "loss.calib_class", "loss.proxy_temp"], "guess"].all()
-    )
+    assert not cp.loc[stated, "guess"].any() and cp.loc[["schedule", "loss.proxy_temp"], "guess"].all()
     unstated = explain(find_rows("001-T1/cub-margin")[0])
     assert unstated.loc[["backbone", "embedding_size"], "guess"].all()
 
 
-def test_contradictions_are_those_of_the_specification():
-    "METHODS, section 9: A-BIER's R@8 and Proxy Anchor on CUB; and N-Pair with 64 dimensions, which agrees with no backbone of 000."
+def test_contradictions_of_the_sources():
+    "A-BIER's R@8, Proxy Anchor on CUB, and N-Pair with 64 dimensions, which agrees with no backbone of source 000."
     found = {id: texts for id, row in all_rows().items() if (texts := contradictions(row))}
     by_method = defaultdict(set)
     for id in found:
@@ -187,20 +191,20 @@ def test_contradictions_are_those_of_the_specification():
 
 
 def test_notes_name_rows_that_exist():
-    assert all(any(entry["note"] in row.notes for row in all_rows().values()) for entry in recipes()["notes"])
+    assert all(any(entry["note"] in row.notes for row in all_rows().values()) for entry in load_recipes()["notes"])
     assert any("64 dimensions" in note for note in all_rows()["000-T5/cub-epshn"].notes)
 
 
 def test_layers_name_settings_that_exist():
     row = find_rows("MS Loss")[0]
-    assert [name for name, _ in layers(row, "cub", "bn_inception", "finetune")] == [
+    assert [name for name, _ in setting_layers(row, "cub", "bn_inception", "finetune")] == [
         "finetune",
         "method",
         "training",
         "loss",
     ]
     assert (
-        layers(find_rows("Proxy Anchor")[0], "glyphs", "small_cnn", "finetune")[-2][0]
+        setting_layers(find_rows("Proxy Anchor")[0], "glyphs", "small_cnn", "finetune")[-2][0]
         == "finetune/glyphs/small_cnn/proxy_anchor"
     )
 
@@ -208,7 +212,7 @@ def test_layers_name_settings_that_exist():
 def test_a_row_needs_no_code(tmp_path):
     "A line and a recipe as text, and the row can be planned."
     line = dict(cells_of_file()[0], source="003", table="T1", method="Contrastive", value="12.3")
-    (row,) = rows_of([json.loads(json.dumps(line))]).values()
+    (row,) = rows_from_lines([json.loads(json.dumps(line))]).values()
     assert row.id == "003-T1/cub-contrastive" and row.claimed == {"R@1": "12.3"}
     assert settings_for(row, "glyphs", "small_cnn")["loss"] == "contrastive"
     assert describe(row, "glyphs", "small_cnn").count("\n") > 20
@@ -223,8 +227,8 @@ def test_a_row_needs_no_code(tmp_path):
         (["rows", "002-II/cub-cp-pa-k-3"], "CP Eqs. 2-7"),
         (["rows", "001-T1/cub-htl"], "the class tree, rebuilt every epoch"),
         (["rows", "own/circle"], "claimed     nothing"),
-        (["rows", "multi_similarity"], "none: a loss by itself"),
-        (["rows", "own"], "losses by themselves, on glyphs: no source claims a value"),
+        (["rows", "multi_similarity"], "none: a loss on its own"),
+        (["rows", "own"], "losses, each trained alone on glyphs: no source claims a value"),
     ],
 )
 def test_rows_are_listed_counted_and_explained(shell, args, message):
@@ -232,7 +236,7 @@ def test_rows_are_listed_counted_and_explained(shell, args, message):
 
 
 def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatch):
-    sentence = "cub is not on this machine: dml_nb data cub says how to get it."
+    sentence = "cub is not on this machine: `dml_nb data cub` tells how to get it."
     monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
     output = shell("rows", "II")
     assert (
@@ -256,7 +260,7 @@ def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatc
         (["rows", "T1"], "exists in several sources: use one of 000-T1, 001-T1"),
         (["run", "T1"], "exists in several sources: use one of 000-T1, 001-T1"),
         (["rows", "MCL"], "only with label noise"),
-        (["rows", "center"], "is no loss by itself"),
+        (["rows", "center"], "cannot be trained alone"),
     ],
 )
 def test_an_unknown_row_or_table_names_the_nearest(shell, args, message):
@@ -267,7 +271,7 @@ def test_an_unknown_row_or_table_names_the_nearest(shell, args, message):
 def test_a_method_with_label_noise_only_says_so(method, loss):
     with pytest.raises(ValueError, match="only with label noise: name such a row, 002-V/") as e:
         find_rows(method)
-    assert f"or its loss by itself, {loss}." in str(e.value) and find_rows(loss) == [row_of(f"own/{slug(loss)}")]
+    assert f"or its loss on its own, {loss}." in str(e.value) and find_rows(loss) == [row_of(f"own/{slug(loss)}")]
 
 
 def test_a_table_is_found_with_and_without_its_source():
@@ -280,15 +284,15 @@ def test_a_table_is_found_with_and_without_its_source():
     )
 
 
-def test_every_loss_is_a_row_by_itself():
-    rows = own_rows()
+def test_every_loss_is_a_row_on_its_own():
+    rows = loss_rows()
     assert {row.method for row in rows.values()} | {"adversarial", "center", "intra_pair_variance"} == set(
         list_losses()
     ) and len(all_rows()) == 243
     assert not set(rows) & set(all_rows())
     for id, row in rows.items():
         assert row_of(id) is row and find_rows(id) == find_rows(row.method) == [row]
-        assert (missing(row), row.claimed, row.dataset, row.backbone, row.embedding_size) == (
+        assert (why_not_runnable(row), row.claimed, row.dataset, row.backbone, row.embedding_size) == (
             None,
             {},
             "glyphs",
@@ -296,7 +300,7 @@ def test_every_loss_is_a_row_by_itself():
             512,
         )
         settings = settings_for(row)
-        assert not own_setting(row, settings) and row.recipe["names"][0] and settings["loss"] == row.method
+        assert not is_table_setting(row, settings) and row.recipe["names"][0] and settings["loss"] == row.method
         assert explain(row).source.str.len().min() > 3 and contradictions(row) == [] and row.notes == []
         create_loss(row.method, num_classes=1087, embedding_size=512, **settings["params"])
     assert find_rows("own") == list(rows.values()) == find_rows("own", "cub")
@@ -316,8 +320,8 @@ def test_row_of_names_the_nearest():
 
 def test_on_glyphs_all_methods_train_alike():
     plain = settings_for(row_of("own/norm-softmax"))
-    for row in [*all_rows().values(), *own_rows().values()]:
-        if missing(row, "glyphs", "small_cnn") is None and row.noise == "none":
+    for row in [*all_rows().values(), *loss_rows().values()]:
+        if why_not_runnable(row, "glyphs", "small_cnn") is None and row.noise == "none":
             settings = settings_for(row, "glyphs", "small_cnn", embedding_size=512)
             different = {key for key in settings if settings[key] != plain.get(key)}
             assert different <= {"loss", "params", "per_class"} and settings.get("per_class") in (None, 5)
@@ -328,7 +332,7 @@ def with_all_data(monkeypatch):
     "As if readers for all benchmarks existed."
     from dml_nb.data import list_datasets
 
-    for module in (rows_module, settings_module):
+    for module in (tables_module, recipes_module):
         monkeypatch.setattr(module, "list_datasets", lambda: [*list_datasets(), "cars", "sop", "inshop"])
 
 
@@ -388,7 +392,7 @@ def test_cbml_trains_as_its_source_does():
 def test_what_an_account_states_is_what_is_run():
     "A setting that a training account cites is set by it; what it does not set is a guess or no setting."
     words = {"*", "finetune", "only", "optimizer", "sampler", "crops", "per_class", "start_fraction"}
-    for name, account in recipes()["training"].items():
+    for name, account in load_recipes()["training"].items():
         values = {key for part in account.get("finetune", {}).values() for key in part}
         for key, text in account.items():
             plain = key.split(" on ")[0].removeprefix("loss.")
@@ -397,7 +401,7 @@ def test_what_an_account_states_is_what_is_run():
 
 
 def test_every_stated_default_is_a_parameter_of_its_loss():
-    for loss, stated in recipes()["parameters"].items():
+    for loss, stated in load_recipes()["parameters"].items():
         if "*" not in loss:
             assert loss in list_losses() and set(stated) <= set(loss_defaults(loss)), loss
 
@@ -422,7 +426,7 @@ def test_guesses_are_marked_for_parameters_of_the_loss():
 
 def test_a_preset_counts_as_its_values():
     frame = explain(find_rows("PS + PA")[0])
-    assert frame.value["loss.host"] == "proxy_anchor" and frame.source["loss.host"] == "METHODS 6.5"
+    assert frame.value["loss.host"] == "proxy_anchor" and frame.source["loss.host"].startswith("Gu et al. 2021")
 
 
 def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
@@ -434,8 +438,8 @@ def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
         ("loss", "unknown setting 'loss'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            check_keys(table, [key])
-    check_keys([*table, row_of("001-T1/cub-htl")], ["epochs", "loss.alpha", "noise"])
+            check_setting_names(table, [key])
+    check_setting_names([*table, row_of("001-T1/cub-htl")], ["epochs", "loss.alpha", "noise"])
 
 
 @pytest.mark.parametrize(
@@ -451,11 +455,37 @@ def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
         (dict(holdout=-1), "holdout must be at least 0"),
         (dict(layer_norm=1), "layer_norm must be true or false"),
         (dict(pool=["max"]), "unknown pool"),
+        (dict(epochs=0), "epochs must be at least 1, got 0"),
+        (dict(epochs=None), "epochs must be a whole number, got None"),
+        (dict(lr="fast"), "lr must be a number, got 'fast'"),
+        (dict(recall_at=[1, 2.5]), "recall_at must be a whole number, got 2.5"),
+        (dict(frozen_bn="no"), "frozen_bn must be true or false"),
+        (dict(schedule="cosin"), "did you mean 'cosine'"),
+        (dict(per_class=1), "per_class must be at least 2"),
+        (dict(noise=20), "noise must be a percentage"),
+        (dict(noise="20%", holdout=1), "cannot be combined"),
+        (dict(epoch=3), "did you mean 'epochs'"),
+        (dict(capacity=0), "at least 1, got 0"),
+        (dict(regime="frozn"), "did you mean 'frozen'"),
+        (dict(dataset="cub200"), "did you mean 'cub'"),
+        (dict(dataset="cars"), "other data as a folder with a folder for each class: --dataset PATH"),
+        (dict(backbone="resnt50"), "did you mean 'resnet50'"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_before_anything_runs(wrong, message):
+def test_a_wrong_value_is_refused_before_anything_runs(wrong, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         settings_for(row_of("own/cp-proxy-anchor"), **wrong)
+
+
+def test_values_that_do_not_fit_each_other_are_refused():
+    with pytest.raises(ValueError, match="not a multiple of per_class 5"):
+        settings_for(find_rows("MS Loss")[0], batch_size=81)
+    hpl = find_rows("HPL+PA")[0]
+    assert settings_for(hpl, dataset="cub", n_coarse=10)["params"]["n_coarse"] == 10
+    with pytest.raises(ValueError, match="nor exceed the 100 classes"):
+        settings_for(hpl, dataset="cub", n_coarse=101)
+    with pytest.raises(ValueError, match="unknown setting 'backbone'"):
+        check_setting_names([hpl], ["backbone"])
 
 
 def test_a_data_set_without_a_reader_says_what_can_be_given(shell):

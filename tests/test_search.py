@@ -1,4 +1,4 @@
-"Search: equal to a plain sort of float64 scores on any data, whatever the back end, precision, chunk size and number of processes."
+"Search equals a plain sort of float64 scores for any data, back end, precision, memory budget and number of processes."
 
 import subprocess
 import sys
@@ -10,14 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dml_nb.core.similarity import unit
-from dml_nb.retrieval.exact_scores import METRICS, fast_dtype
+from dml_nb.retrieval.exact_scores import METRICS, as_embeddings
 from dml_nb.retrieval.exact_search import search
-from dml_nb.retrieval.ranker import Ranker, block_maxima
+from dml_nb.retrieval.low_precision import filter_dtype
+from dml_nb.retrieval.ranker import Ranker
 from dml_nb.retrieval.sharded import merge_shards, search_shard, search_sharded
+from dml_nb.retrieval.vector_index import build_index
 
 CPU = torch.device("cpu")
-HAS_BF16 = fast_dtype(CPU) == torch.bfloat16
-WAYS = [dict(), dict(memory_mb=0.05), dict(precision="float32"), dict(backend="faiss")]
+HAS_BF16 = filter_dtype(CPU) == torch.bfloat16
+WAYS = [
+    dict(),
+    dict(memory_mb=0.05),
+    dict(precision="float32"),
+    dict(precision="float64"),
+    dict(backend="faiss"),
+]
 
 
 def exact(query, gallery, metric):
@@ -92,13 +100,18 @@ def test_search_is_a_sort_of_exact_scores(kind, metric, data, n, d, seed):
 def test_counts_are_counts_of_exact_scores(kind, column, metric, n, d, seed):
     x = make(kind, n, d, seed)
     scores = exact(x, x, metric)
-    than = scores[:, column % n].clone()
+    given_score = scores[:, column % n].clone()
     scores.fill_diagonal_(-torch.inf)
-    for settings_ in (dict(), dict(precision="float32"), dict(memory_mb=0.05), dict(memory_mb=8 * n * d / 2**19)):
-        above, equal = Ranker(x, metric=metric, **settings_).counts(than)
-        assert torch.equal(above, (scores > than[:, None]).sum(1)) and torch.equal(
-            equal, (scores == than[:, None]).sum(1)
-        )
+    expected = (scores > given_score[:, None]).sum(1), (scores == given_score[:, None]).sum(1)
+    for settings_ in (
+        dict(),
+        dict(precision="float32"),
+        dict(precision="float64"),
+        dict(memory_mb=0.05),
+        dict(memory_mb=8 * n * d / 2**19),
+    ):
+        above, equal = Ranker(x, metric=metric, **settings_).count_above(given_score)
+        assert torch.equal(above, expected[0]) and torch.equal(equal, expected[1])
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -186,14 +199,8 @@ def test_empty_and_tiny_shards(metric):
 def test_bfloat16_leaves_few_candidates():
     x = make("random", 5000, 128, 0)
     ranker = Ranker(x, precision="bfloat16")
-    chunk = next(ranker._chunks(torch.arange(100)))
-    product = ranker._product(chunk)
-    best = block_maxima(product, ranker._width(10))
-    kth = best.sort(1).values[:, -10].double()
-    left = sum(
-        len(ids) for *_, ids, _ in ranker._survivors(product, best, ranker._below(ranker._below(kth) - 2 * chunk.bound))
-    )
-    assert 1000 <= left < 4000
+    pairs = ranker.filter.candidates(torch.arange(100), torch.full((100,), 10))
+    assert 1000 <= sum(len(ids) for _, _, ids in pairs) < 4000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -212,14 +219,14 @@ def test_gpu_equals_cpu(kind):
 def test_without_bfloat16_hardware(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     x = make("copies", 200, 16, 0)
-    assert Ranker(x).dtype == torch.float32
+    assert Ranker(x).filter.dtype == torch.float32
     assert torch.equal(search(x, x, 7)[1], oracle(x, x, 7)[1])
     with pytest.raises(ValueError, match="use 'auto'"):
         search(x, x, 7, precision="bfloat16")
 
 
 @pytest.mark.parametrize("api", ["legacy", "new", "autocast"])
-def test_settings_of_torch_do_not_reach_the_product(api):
+def test_precision_settings_of_torch_do_not_change_the_product(api):
     x, matmul = make("random", 300, 64, 0), torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     try:
@@ -244,6 +251,86 @@ def test_faiss_is_optional(monkeypatch):
         search(x, x, 3, backend="faiss")
 
 
+X = make("random", 300, 16, 0)
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (X[0], r"shape \(N, D\)"),
+        (X.long(), "floating point"),
+        (X.numpy().astype(object), "got object"),
+        (X.tolist(), "tensor or an array, got list"),
+        (X[:0], "gallery is empty"),
+        (X[:, :0], "size D = 0"),
+    ],
+)
+def test_what_are_no_embeddings(x, message):
+    with pytest.raises(ValueError, match=message):
+        as_embeddings(x, "gallery")
+
+
+@pytest.mark.parametrize(
+    "args, settings, message",
+    [
+        ((X, X, 300), dict(exclude_self=True), r"k must lie in 1\.\.\.299"),
+        ((X, X, 0), {}, r"k must lie in 1\.\.\.300"),
+        ((X, X, 2.0), {}, "whole number, got 2.0"),
+        ((X[:3], X, 3), dict(exclude_self=True), "the same rows"),
+        ((X, X, 3), dict(backend="fais"), "did you mean 'faiss'"),
+        ((X, X, 3), dict(metric="cosin"), "did you mean 'cosine'"),
+        ((X, X, 3), dict(precision="bfloat"), "did you mean 'bfloat16'"),
+        ((X, X[:, :4], 3), {}, "same size D"),
+        ((X, X.long(), 3), {}, "floating point"),
+        ((X, X.double(), 3), {}, "torch.float64"),
+        ((X, X[:0], 1), {}, "gallery is empty"),
+        ((X[:0], X, 1), {}, "query is empty"),
+        ((X.index_fill(0, torch.tensor(4), torch.nan), X, 1), {}, "query contains NaN or infinity, first in row 4"),
+        ((X * 1e30, X * 1e30, 1), {}, "overflow"),
+        ((X, X, 2), dict(memory_mb=0), "memory_mb must be a positive"),
+        ((X[:1], X[:1], 1), dict(exclude_self=True), r"k must lie in 1\.\.\.0"),
+    ],
+)
+def test_bad_input_of_search(args, settings, message):
+    with pytest.raises(ValueError, match=message):
+        search(*args, **settings)
+
+
+@pytest.mark.parametrize(
+    "args, settings, message",
+    [
+        (([None, 1],), {}, "text or integers"),
+        ((["a", "b"],), dict(rows=300), "2 ids for 300 rows"),
+        ((), dict(rows=5, k=5), r"k must lie in 1\.\.\.4"),
+        ((), dict(rows=1), "at least 2"),
+    ],
+)
+def test_bad_input_of_an_index(args, settings, message):
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match=message):
+        build_index(X[: settings.pop("rows", 2)], *args, **settings)
+
+
+def test_bad_queries_of_an_index():
+    pytest.importorskip("faiss")
+    built = build_index(X)
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.\.300, got 0"):
+        built.search(X, 0)
+    with pytest.raises(ValueError, match="query contains NaN"):
+        built.search(X * torch.nan)
+
+
+def test_bad_input_of_a_sharded_search(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"k must lie in 1\.\.\.299"):
+            search_sharded(X, X, 300, exclude_self=True)
+        with pytest.raises(ValueError, match="process 0: query must be a tensor"):
+            search_sharded(X.tolist(), X, 3)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_no_bar_for_a_short_search(capsys):
     x = make("random", 200, 8, 0)
     search(x, x, 3)
@@ -253,7 +340,7 @@ def test_no_bar_for_a_short_search(capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("what", ["torch.randn(12000, 32)", "torch.ones(600, 32), torch.ones(12000, 32)"])
 def test_memory_is_bounded(what):
-    "A full matrix of the first scores takes 576 MB, the ties of the second 1.1 GB in 64-bit keys and scores."
+    "A full matrix of the first scores takes 576 MB, and the ties of the second 1.1 GB in 64-bit keys and scores."
     code = f"""if True:
     import re, torch
     from dml_nb.retrieval.exact_search import search

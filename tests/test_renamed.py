@@ -1,0 +1,44 @@
+"Stored runs stay valid: the imports of their notebooks work, and their results can be read."
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from dml_nb.core.renamed import NAMES, find_old_name
+from dml_nb.experiments.run_store import read_result
+
+RUNS = Path(__file__).parents[1] / "runs"
+
+
+def imports_of(notebook: Path) -> set[str]:
+    "The lines that import from this package, each name in a line of its own."
+    found = set()
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code" or "dml_nb" not in "".join(cell["source"]):
+            continue
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dml_nb":
+                found |= {f"from {node.module} import {alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {f"import {a.name}" for a in node.names if a.name.split(".")[0] == "dml_nb"}
+    return found
+
+
+STORED = sorted({line for notebook in RUNS.glob("**/*.ipynb") for line in imports_of(notebook)})
+
+
+@pytest.mark.parametrize("line", STORED)
+def test_what_a_stored_notebook_imports_can_be_imported(line):
+    exec(line, {})
+
+
+def test_every_old_name_leads_to_a_name_of_today():
+    for old in NAMES:
+        assert find_old_name(*old.rsplit(".", 1)), old
+
+
+def test_every_stored_result_can_be_read():
+    results = [read_result(path) for path in RUNS.glob("**/result.json")]
+    assert len(results) >= 788 and all(result["settings"]["params"] is not None for result in results)
