@@ -274,7 +274,7 @@ def main():
         "--losses",
         nargs="+",
         metavar="NAME",
-        help="losses to measure; by default all except those with a memory, with synthetic or coarse classes, or with CP",
+        help="by default all losses except those with a memory, with synthetic or coarse classes, or with CP",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[120, 512, 2048], help="batch sizes")
     parser.add_argument(

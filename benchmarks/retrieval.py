@@ -9,9 +9,9 @@ runs once to warm up; then work and floor alternate, so a slow moment of the mac
 compared. Peak memory is the growth of the process during its first work, before any floor and after a small work that
 imports what is needed. On a GPU it is the memory that torch allocated.
 
-The parent process draws the embeddings, so that their memory does not count. Classes have realistic sizes and lie around
-centres that share super-classes; the spectrum falls, and images differ in difficulty. Recall is therefore in the range of
-trained networks.
+The parent process draws the embeddings, so that their memory does not count. Classes have realistic sizes and lie
+around centres that share super-classes. The spectrum falls, and images differ in difficulty. Recall is therefore in the
+range of trained networks.
 """
 
 import argparse

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dml_nb.core.renamed import NAMES, find_old_name
+from dml_nb.core.renamed import NAMES, current_loss, find_old_name
 from dml_nb.experiments.run_store import read_result
+from dml_nb.losses import create_loss
 
 RUNS = Path(__file__).parents[1] / "runs"
 
@@ -39,6 +40,10 @@ def test_every_old_name_leads_to_a_name_of_today():
         assert find_old_name(*old.rsplit(".", 1)), old
 
 
-def test_every_stored_result_can_be_read():
+def test_every_stored_result_can_be_read_and_its_loss_can_be_built():
     results = [read_result(path) for path in RUNS.glob("**/result.json")]
-    assert len(results) >= 788 and all(result["settings"]["params"] is not None for result in results)
+    assert len(results) >= 788
+    built = {(r["settings"]["loss"], json.dumps(r["settings"]["params"], sort_keys=True)) for r in results}
+    for loss, params in sorted(built):
+        name, params = current_loss(loss, json.loads(params))
+        assert create_loss(name, num_classes=100, embedding_size=8, **params)

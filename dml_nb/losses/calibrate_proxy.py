@@ -8,7 +8,6 @@ __all__ = ['CENTERS', 'composite_similarity', 'calibration_loss', 'CalibrateProx
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #2767c517
 from typing import Callable
 
-import torch
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 

@@ -25,8 +25,8 @@ def log_odds(
     neg_BN: Tensor,  # (B, N) boolean mask of negatives
     alpha_p: float = 0.5,  # similarity at which a positive is in even doubt
     beta_p: float = 0.5,  # scale on which its doubt grows
-    alpha_n: float = 1.0,  # the same for a negative
-    beta_n: float = 0.01,
+    alpha_n: float = 1.0,  # similarity at which a negative is in even doubt
+    beta_n: float = 0.01,  # scale on which its doubt grows
 ) -> tuple[Tensor, Tensor]:  # (B,) log(1 + a) of the positives and (B,) log(1 + b) of the negatives
     "Negative log-posterior that an anchor's pairs are all right, for positives and for negatives."
     return (log1p_sum_exp((alpha_p - sim_BN) / beta_p, pos_BN), log1p_sum_exp((sim_BN - alpha_n) / beta_n, neg_BN))

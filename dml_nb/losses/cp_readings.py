@@ -6,7 +6,6 @@
 __all__ = ['READINGS', 'CPReading', 'entry_similarity', 'build_cp_reading']
 
 # %% ../../nbs/40_losses/32_cp_readings.ipynb #3c100004
-from functools import partial
 from typing import Callable
 
 import torch
@@ -20,6 +19,7 @@ from ..core.class_queues import ClassQueues
 from .base import register
 from .calibrate_proxy import CalibrateProxyLoss
 from .proxy_anchor import proxy_anchor_loss
+from .proxy_hosts import host_loss
 
 # %% ../../nbs/40_losses/32_cp_readings.ipynb #3c100009
 READINGS = dict(
@@ -123,4 +123,5 @@ def build_cp_reading(
     **kwargs,  # readings, and options of `CalibrateProxyLoss`
 ) -> CPReading:
     "Another reading of CP around Proxy Anchor."
-    return CPReading(num_classes, embedding_size, partial(proxy_anchor_loss, alpha=alpha, delta=delta), **kwargs)
+    host = host_loss("proxy_anchor", dict(alpha=alpha, delta=delta))
+    return CPReading(num_classes, embedding_size, host, **kwargs)

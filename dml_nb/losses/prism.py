@@ -12,8 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.checks import check_sample_ids
-from ..core.checks import check_at_least, check_embeddings, check_labels, check_whole
+from ..core.checks import check_at_least, check_embeddings, check_labels, check_sample_ids, check_whole
 from ..core.distributed import gather, own_rows
 from ..core.similarity import in_float32, unit
 from .base import register

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_TABLE_SIZE', 'class_logsumexp', 'proxy_anchor_loss', 'proxy_similarity', 'multi_proxy_similarity', 'init_proxies',
-           'ProxyAnchorLoss']
+           'init_from_class_means', 'ProxyAnchorLoss']
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #c4cf0122
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.checks import check_at_least, check_default, check_whole
-from ..core.similarity import cosine, unit
+from ..core.checks import check_at_least, check_default, check_embeddings, check_labels, check_whole
+from ..core.similarity import unit
 from .base import DMLLoss, register
 from .softmax import own_similarity
 
@@ -89,6 +89,25 @@ def init_proxies(
     return nn.Parameter(
         nn.init.kaiming_normal_(table, mode="fan_out").view(num_classes, proxies_per_class, embedding_size)
     )
+
+# %% ../../nbs/40_losses/25_proxy_anchor.ipynb #3f100002
+@torch.no_grad()
+def init_from_class_means(
+    proxies: nn.Parameter,  # (C, D) or (C, K, D); changed in place
+    embeddings: Tensor,  # (N, D) of the training images, before training
+    labels: Tensor,  # (N,) class ids
+):
+    "Point each proxy at the mean of its share of its class; a proxy without a share keeps its direction."
+    C, D = len(proxies), proxies.shape[-1]
+    K = proxies.numel() // (C * D)
+    check_embeddings(embeddings, D)
+    check_labels(labels, len(embeddings), C)
+    class_N, order_N = labels.long().to(proxies.device).sort(stable=True)
+    slot_N = class_N * K + torch.arange(len(class_N), device=class_N.device) % K
+    sum_SD = proxies.new_zeros(C * K, D).index_add_(0, slot_N, unit(embeddings.to(proxies))[order_N])
+    sums = sum_SD.view_as(proxies)
+    pointed = unit(sums) * proxies.norm(dim=-1, keepdim=True)
+    proxies.copy_(torch.where(sums.any(-1, keepdim=True), pointed, proxies))
 
 # %% ../../nbs/40_losses/25_proxy_anchor.ipynb #45df7e12
 @register("proxy_anchor")

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..core.checks import check_at_least, check_default, unknown
 from .base import create_loss, register
 from .calibrate_proxy import CalibrateProxyLoss
+from .cosface_arcface import arcface_loss, cosface_loss
 from .proxy_anchor import proxy_anchor_loss
 from .proxy_nca import proxy_nca_loss
-from .softtriple import proxy_spread, softtriple_loss
 from .softmax import ProxyLoss, norm_softmax_loss
-from .cosface_arcface import arcface_loss, cosface_loss
+from .softtriple import proxy_spread, softtriple_loss
 
 # %% ../../nbs/40_losses/31_proxy_hosts.ipynb #f787ad34
 HOSTS = dict(

@@ -21,8 +21,7 @@ from ..core.distributed import gather_by_id, world_size
 from ..data.loaders import TensorSet, eval_loader
 from ..losses.proxy_deviation import deviation
 from ..models.features import embed
-from ..retrieval.inputs import depths
-from ..retrieval.metrics import evaluate
+from ..retrieval.metrics import evaluate, recall_depths
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #abb38735
 def shard_loader(
@@ -79,7 +78,7 @@ class RetrievalMetrics(Callback):
     ):
         if every < 1:
             raise ValueError(f"every must be at least 1 epoch, got {every}.")
-        self.recall_at, self.every, self.history, self.embeddings = depths(recall_at), every, [], None
+        self.recall_at, self.every, self.history, self.embeddings = recall_depths(recall_at), every, [], None
 
     @property
     def metric_names(self) -> list[str]:  # columns of the log after "train_loss"
