@@ -371,7 +371,7 @@ def test_a_file_that_cannot_be_read_or_written_fails_one_row(fake, tmp_path, mon
     names = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"]
     done, (failed,) = run(names, tmp_path)
     assert (
-        len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command goes on" in str(failed)
+        len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command then goes on" in str(failed)
     )
     assert "1 done, 1 failed" in capsys.readouterr().out
     monkeypatch.setattr(batch, "share_result", share_result)
@@ -393,7 +393,7 @@ def test_a_result_of_a_newer_version_is_not_touched(fake, tmp_path):
     newer = json.loads((folder / "result.json").read_text()) | dict(environment=dict(dml_nb="99.1"))
     (folder / "result.json").write_text(json.dumps(newer))
     _, (failed,) = run(["CP + PA K=3"], tmp_path)  # a failure of this row alone
-    assert re.search("was written by dml_nb 99.1, here is .*: update dml_nb", str(failed))
+    assert re.search("was written by dml_nb 99.1, but this is .*: update dml_nb", str(failed))
     assert json.loads((folder / "result.json").read_text()) == newer
 
 

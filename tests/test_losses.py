@@ -470,6 +470,7 @@ def test_impossible_parameters_are_named(name):
         ("adversarial", dict(chunks=3), "cannot be split into 3 equal chunks"),
         ("adversarial", dict(chunks=1), "chunks must be at least 2"),
         ("adversarial", dict(hidden=0), "hidden must be at least 1"),
+        ("adversarial", dict(chunks=2.0), "chunks must be a whole number, got 2.0"),
     ],
 )
 def test_impossible_values_are_named(name, params, message):

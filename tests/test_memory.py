@@ -1,4 +1,4 @@
-"Memories over the steps of a training run: another package as oracle, several processes, the largest sizes."
+"Losses with a memory over several training steps: agreement with another package, several processes, large sizes."
 
 import warnings
 from types import SimpleNamespace
@@ -51,9 +51,9 @@ PAIRS = {
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_memory_term_agrees_with_pytorch_metric_learning(name):
-    """Value and gradient at every step, through three turns of the ring.
+    """Value and gradient agree at every step, while the ring buffer is filled three times.
 
-    Their loss is the memory term alone and enqueues inside the loss.
+    Their loss consists of the memory term alone and enqueues the batch itself.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -69,15 +69,15 @@ def test_memory_term_agrees_with_pytorch_metric_learning(name):
         x = torch.nn.functional.normalize(x).requires_grad_()
         values = ours.memory_term(x, y), theirs(x, y)
         grads = [torch.autograd.grad(value, x)[0] for value in values]
-        across = [g - (g * x).sum(1, keepdim=True) * x for g in grads]  # ours normalises inside
+        across = [g - (g * x).sum(1, keepdim=True) * x for g in grads]  # our loss normalises inside
         assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)
         torch.testing.assert_close(*across, rtol=1e-8, atol=1e-11)
         ours.remember(x, y)
 
 
 @pytest.mark.parametrize("name", MEMORY_LOSSES)
-def test_resumed_in_the_middle_of_a_queue(name, tmp_path):
-    "The same values and the same state as without interruption, at every step after a save to disk."
+def test_resuming_in_the_middle_of_a_queue(name, tmp_path):
+    "After a save to disk, every step gives the same value and the same state as without an interruption."
     batches, whole = list(steps(12)), build(name)
     for x, y in batches[:7]:
         whole.remember(x, y)
@@ -97,7 +97,7 @@ def same_state(one, other):
 
 
 def against_references():
-    "Every pair loss that can be compared with a memory, and those that look whether the references are the batch."
+    "Pair losses that can be compared with a memory, and options that depend on the batch being the references."
     for name in list_losses():
         if name not in ("xbm", "mcl", "prism"):
             try:
@@ -113,8 +113,8 @@ def against_references():
 
 
 @pytest.mark.parametrize("name, params", against_references(), ids=str)
-def test_a_memory_as_large_as_the_batch_is_not_taken_for_it(name, params):
-    "The memory term is the pair loss with the entries as references."
+def test_a_memory_as_large_as_the_batch_is_not_mistaken_for_the_batch(name, params):
+    "The memory term equals the pair loss with the stored entries as references."
     loss = create_loss(
         "xbm", C, D, pair_loss=name, pair_params=params, start_iteration=0, enqueue="after", self_eps=None
     ).double()
@@ -128,16 +128,16 @@ def test_a_memory_as_large_as_the_batch_is_not_taken_for_it(name, params):
     )
 
 
-def test_a_loss_that_needs_the_batch_as_its_references_is_refused_at_once():
+def test_a_loss_that_needs_the_batch_as_its_references_raises_an_error_at_once():
     with pytest.raises(ValueError, match="each_pair_once needs the batch"):
         create_loss("xbm", C, D, pair_loss="triplet", pair_params=dict(each_pair_once=True))
 
 
-# training
+# in a training run
 
 
 def train(loss, epochs=3, cbs=(), **params):
-    "Classes of five images in batches of four: the sampler repeats some."
+    "Train on classes of five images with four per batch, so that the sampler repeats some images."
     x, y = torch.randn(60, 16, generator=torch.Generator().manual_seed(3)), torch.arange(60) // 5 % 12
     torch.manual_seed(0)
     learn = dml_learner(
@@ -150,7 +150,7 @@ def train(loss, epochs=3, cbs=(), **params):
 
 @pytest.mark.parametrize("name", ["xbm", "mcl", "prism"])
 @pytest.mark.parametrize("in_sum", [False, True])
-def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
+def test_training_passes_sample_ids_to_the_loss(name, in_sum):
     params = {key: value for key, value in MEMORY_LOSSES[name].items() if key != "memory_size"}
     loss = (
         create_loss({name: 1.0, "norm_softmax": 0.5}, 12, D, **{name: params})
@@ -177,12 +177,12 @@ def test_training_tells_the_loss_which_images_it_gets(name, in_sum):
     _, y = train(loss)
     _, labels, ids = part.memory.entries()
     assert (y[ids] == labels).all() and len(ids) > 60
-    assert torch.cat(seen[:3]).tolist() != torch.cat(seen[3:6]).tolist()  # each epoch its own batches
-    assert max(len(batch) - len(batch.unique()) for batch in seen) > 0  # an image twice in one batch
-    assert len(references) == 9 and sum(references) == 0  # no copy of an anchor's image is its positive
+    assert torch.cat(seen[:3]).tolist() != torch.cat(seen[3:6]).tolist()  # each epoch has other batches
+    assert max(len(batch) - len(batch.unique()) for batch in seen) > 0  # some batch contains an image twice
+    assert len(references) == 9 and sum(references) == 0  # an anchor's own image is never its positive
 
 
-def test_other_losses_are_called_as_ever():
+def test_losses_without_a_memory_get_no_sample_ids():
     class Plain(torch.nn.Module):
         def forward(self, embeddings, labels):
             return (embeddings.sum(1) - labels).square().mean()
@@ -191,7 +191,7 @@ def test_other_losses_are_called_as_ever():
     assert len(train(create_loss("cp_proxy_anchor", 12, D, start_epoch=1))[0].retrieval_metrics.history) == 3
 
 
-def test_a_memory_that_would_never_be_used_is_refused():
+def test_a_memory_that_would_never_be_used_raises_an_error():
     with pytest.raises(ValueError, match="start_iteration 1000 is never reached in 9 steps"):
         train(create_loss({"xbm": 1.0, "norm_softmax": 1.0}, 12, D))
     with pytest.raises(ValueError, match="start_epoch 40 is never reached in 3 epochs"):
@@ -201,21 +201,22 @@ def test_a_memory_that_would_never_be_used_is_refused():
 # several processes
 
 
-def distributed(rank, folder):
+def join_two_processes(rank, folder):
+    "Start communication; return the rows of the batch that this process gets."
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    return slice(0, 5) if rank == 0 else slice(5, B)  # parts of different length
+    return slice(0, 5) if rank == 0 else slice(5, B)  # parts of different lengths
 
 
-def one_of_two(rank, folder):
-    mine, found = distributed(rank, folder), {}
+def run_one_of_two_processes(rank, folder):
+    mine, found = join_two_processes(rank, folder), {}
     for name in MEMORY_LOSSES:
         loss, callback = build(name), FeedMemory()
         for step, (x, y) in enumerate(steps(9)):
             x, ids = (
                 x.float().double(),
                 (torch.arange(B) + 3 * step,) if takes_ids(loss) else (),
-            )  # the callback hands on float32
+            )  # the callback passes float32 to the memory
             part = [each[mine] for each in (x, y, *ids)]
             assert gather(part[0]).equal(x) and gather(part[1]).equal(y) and own_rows(part[0]) == mine
             if name in ("xbm", "prism"):
@@ -241,9 +242,9 @@ def one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
-    "States, memory terms and PRISM's verdicts, with parts of different length."
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+def test_two_processes_agree_with_one(tmp_path):
+    "States, memory terms and PRISM's selections agree, with batches of different size in the two processes."
+    mp.spawn(run_one_of_two_processes, (str(tmp_path),), nprocs=2)
     found = [torch.load(tmp_path / f"found-{rank}.pt") for rank in (0, 1)]
     for name in MEMORY_LOSSES:
         single = build(name)
@@ -258,7 +259,7 @@ def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
             if name == "prism":
                 assert sum(part["kept", step] for part in found) == single.select_clean(x, y)[0].sum()
             single.remember(x.float(), y, *ids)
-        if name == "memvir":  # the mean over processes, as DDP takes it
+        if name == "memvir":  # the mean over processes, as in DDP
             x, y = next(steps(1))
             expected = torch.autograd.grad(single(x, y), single.proxies)[0]
             torch.testing.assert_close(sum(part["gradient"] for part in found) / 2, expected, rtol=1e-6, atol=1e-9)
@@ -269,7 +270,7 @@ def test_two_processes_hold_the_queue_of_one_and_come_to_its_verdicts(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, expected", [(torch.float32, 113.5e6), (torch.float16, 57.2e6)])
-def test_the_memory_for_stanford_online_products_is_bounded(dtype, expected):
+def test_size_of_the_memory_for_stanford_online_products(dtype, expected):
     memory = CrossBatchMemory(55_000, 512, dtype)
     for _ in range(3):
         memory.enqueue(torch.randn(30_000, 512), torch.randint(0, 11_318, (30_000,)))

@@ -1,4 +1,4 @@
-"The report says what ran, the figure notebooks run on any folder of results, the page sorts in a browser."
+"Reports of stored results, the notebooks that read folders of results, and the sorting of the page in a browser."
 
 import json
 import re
@@ -13,65 +13,51 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dml_nb.experiments import compare
-from dml_nb.experiments.compare import CLAIMED, OWN, RANK, side_by_side
-from dml_nb.experiments.forms import styled, to_html, to_markdown
-from dml_nb.experiments.parts import parts
-from dml_nb.experiments.recipes import settings_for
-from dml_nb.experiments.report import write_report
-from dml_nb.experiments.results import load_results
-from dml_nb.experiments.results import runs_frame
-from dml_nb.experiments.statistics import interval
-from dml_nb.experiments.statistics import agreement, holm, paired, paired_tests, variant_tests
-from dml_nb.experiments.tables import all_rows, why_not_runnable, row_of
+from dml_nb.experiments.example_runs import example_result
+from dml_nb.experiments.report import style_table, to_html, to_markdown, write_report
+from dml_nb.experiments.report_tables import (
+    CLAIMED_BLOCK,
+    OWN_BLOCK,
+    RANK_COLUMN,
+    means_over_seeds,
+    report_sections,
+    side_by_side,
+)
+from dml_nb.experiments.results import load_results, runs_frame
+from dml_nb.experiments.statistics import (
+    holm,
+    mean_interval,
+    order_agreement,
+    paired_difference,
+    paired_tests,
+    variant_tests,
+)
+from dml_nb.experiments.tables import all_rows, row_of, why_not_runnable
 
 ROOT = Path(__file__).parents[1]
-FROZEN = dict(dataset="cub", backbone="efficientnet_lite0", regime="frozen")
-SECONDS = dict(train=1, evaluate=1, fit=2, notebook=3)
 
 
 def write_run(
     out: Path,
     row: str,
     seed: int = 0,
-    r1: float = 0.55,
-    version: str = "0.0.1",
-    place: dict = FROZEN,
-    own: bool = False,
-    commit: str = "c1",
-    **overrides,
+    recall: float = 0.55,
+    **changes,  # further arguments of `example_result`
 ) -> dict:
-    "What a run leaves behind, without running."
-    row = row_of(row)
-    settings = settings_for(row, **place, **overrides)
-    start = settings["params"].get("start_epoch", 2)
+    "Write the result and the learning curve of a run without training."
+    result = example_result(row, seed, recall, **changes)
+    settings, params = result["settings"], result["settings"]["params"]
+    start, weight = params.get("start_epoch", 2), params.get("calib_lambda", 1)
     curve = pd.DataFrame({"epoch": range(settings["epochs"]), "train_loss": 5.0})
-    curve["R@1"] = r1 - 0.02 * 0.5**curve.epoch + 0.003 * np.sin(seed + curve.epoch)
+    curve["R@1"] = recall - 0.02 * 0.5**curve.epoch + 0.003 * np.sin(seed + curve.epoch)
     curve["MAP@R"], curve["R@2"] = curve["R@1"] / 3, curve["R@1"] + 0.1
-    curve["deviation"] = (
-        np.where(curve.epoch < start, 1.2, 1.8 - 0.9 * settings["params"].get("calib_lambda", 1)) + 0.01 * seed
-    )
-    best = int(curve["R@1"].idxmax())
-    last = curve.drop(columns="train_loss").iloc[-1].to_dict()
-    result = dict(
-        row=row.id,
-        method=row.method,
-        table=row.table,
-        seed=seed,
-        settings=settings,
-        claimed=row.claimed,
-        own_setting=own,
-        last=last,
-    )
-    result |= dict(
-        best=curve.drop(columns="train_loss").loc[best].to_dict(),
-        data_checksum="d1",
-        seconds=SECONDS,
-        environment=dict(dml_nb=version, commit=commit),
-    )
-    name = re.sub("[^a-z0-9]+", "-", f"{version}-{json.dumps(place)}-{json.dumps(overrides)}".lower())
-    folder = out / row.id / name / f"seed{seed}"
+    curve["deviation"] = np.where(curve.epoch < start, 1.2, 1.8 - 0.9 * weight) + 0.01 * seed
+    measured = curve.drop(columns="train_loss")
+    result |= dict(best=measured.loc[int(curve["R@1"].idxmax())].to_dict(), last=measured.iloc[-1].to_dict())
+    name = re.sub("[^a-z0-9]+", "-", json.dumps(changes).lower())
+    folder = out / result["row"] / name / f"seed{seed}"
     folder.mkdir(parents=True)
+    del result["folder"]
     (folder / "result.json").write_text(json.dumps(result))
     curve.to_csv(folder / "history.csv", index=False)
     return result | dict(folder=str(folder))
@@ -92,16 +78,16 @@ def test_versions_are_never_in_one_mean_and_copies_count_once(tmp_path):
 
 def test_experiments_in_their_own_folders_stay_out_of_the_tables(tmp_path):
     for seed in range(3):
-        for name, r1 in (("cp-pa-k-3", 0.56), ("cp-pa-k-2", 0.55), ("cp-pa-k-1", 0.54)):
-            write_run(tmp_path, f"002-II/cub-{name}", seed, r1)
+        for name, recall in (("cp-pa-k-3", 0.56), ("cp-pa-k-2", 0.55), ("cp-pa-k-1", 0.54)):
+            write_run(tmp_path, f"002-II/cub-{name}", seed, recall)
         for capacity in (1, 5, 60):
             write_run(tmp_path / "settling", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
             write_run(tmp_path / "figure4", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
     assert len(load_results(tmp_path)) == 9 and len(load_results(tmp_path / "settling")) == 9
     assert len(paired_tests(load_results(tmp_path))) == 3
-    (part,) = parts(load_results(tmp_path))
+    (part,) = report_sections(load_results(tmp_path))
     assert part.title == "002-II, cub, 512-d" and len(part.beside) == 3
-    both = parts(load_results([tmp_path, tmp_path / "settling"]))
+    both = report_sections(load_results([tmp_path, tmp_path / "settling"]))
     assert [len(part.tests) for part in both] == [3, 3] and both[1].title == "Changed settings: 002-II, cub, 512-d"
     assert both[0].beside.equals(part.beside), "ablations change nothing in the table: neither its lines nor its ranks"
     with pytest.raises(ValueError, match="name that folder"):
@@ -110,8 +96,8 @@ def test_experiments_in_their_own_folders_stay_out_of_the_tables(tmp_path):
 
 def test_changed_runs_have_a_family_of_their_own(tmp_path):
     for seed in range(4):
-        for overrides, r1 in (({}, 0.55), (dict(capacity=5), 0.57), (dict(lr=0.01), 0.5)):
-            write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, r1 + 0.001 * seed * len(overrides), **overrides)
+        for overrides, recall in (({}, 0.55), (dict(capacity=5), 0.57), (dict(lr=0.01), 0.5)):
+            write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, recall + 0.001 * seed * len(overrides), **overrides)
         write_run(tmp_path, "002-II/cub-cp-pa-k-1", seed, 0.54 + 0.002 * (seed % 2))
     results = load_results(tmp_path)
     changed = variant_tests(results)
@@ -123,8 +109,8 @@ def test_changed_runs_have_a_family_of_their_own(tmp_path):
 
 def test_sizes_are_neither_tested_nor_ranked_together(tmp_path):
     for seed in range(3):
-        for name, r1 in (("proxy-nca", 0.7), ("n-pair", 0.6), ("proxy-anchor", 0.5), ("circle-loss", 0.4)):
-            write_run(tmp_path, f"002-IV/cub-{name}", seed, r1 + 0.001 * seed)
+        for name, recall in (("proxy-nca", 0.7), ("n-pair", 0.6), ("proxy-anchor", 0.5), ("circle-loss", 0.4)):
+            write_run(tmp_path, f"002-IV/cub-{name}", seed, recall + 0.001 * seed)
     results = load_results(tmp_path)
     tests = paired_tests(results)
     assert len(tests) == 2 and {frozenset(pair) for pair in zip(tests.a, tests.b)} == {
@@ -132,17 +118,17 @@ def test_sizes_are_neither_tested_nor_ranked_together(tmp_path):
         frozenset(("Proxy Anchor", "Circle loss")),
     }
     beside = side_by_side(results)
-    ranks = beside.xs(RANK, axis=1, level=1).iloc[:, 0].droplevel(["claimed for", "changed"])
+    ranks = beside.xs(RANK_COLUMN, axis=1, level=1).iloc[:, 0].droplevel(["claimed setting", "changed"])
     assert ranks.to_dict() == {
         ("002-IV, cub, 64-d", "Proxy-NCA"): "1 (2)",
         ("002-IV, cub, 64-d", "N-pair"): "2 (1)",
         ("002-IV, cub, 512-d", "Proxy Anchor"): "1 (1)",
         ("002-IV, cub, 512-d", "Circle loss"): "2 (2)",
     }
-    assert set(agreement(results).section) == {"002-IV, cub, 64-d", "002-IV, cub, 512-d"}
+    assert set(order_agreement(results).section) == {"002-IV, cub, 64-d", "002-IV, cub, 512-d"}
 
 
-def test_bold_is_within_a_section_and_for_runs_after_the_recipe(tmp_path):
+def test_only_runs_of_the_recipe_are_bold_and_each_section_has_its_own_best(tmp_path):
     write_run(tmp_path, "002-IV/cub-proxy-anchor", 0, 0.6)
     write_run(tmp_path, "002-IV/cub-circle-loss", 0, 0.53)
     write_run(tmp_path, "002-IV/cub-circle-loss", 0, 0.9, lr=0.5)
@@ -150,12 +136,12 @@ def test_bold_is_within_a_section_and_for_runs_after_the_recipe(tmp_path):
     write_run(tmp_path, "002-IV/cub-proxy-nca", 0, 0.4)
     write_run(tmp_path, "002-IV/cub-n-pair", 0, 0.3)
     results = load_results(tmp_path)
-    for result in results:  # Cars cannot run on this machine: as if these had
+    for result in results:  # the Cars data are not on this machine, so a result of CUB stands in for one of Cars
         if result["row"] == "002-IV/cub-n-pair":
             result.update(
                 row="002-IV/cars-n-pair", method="N-pair on Cars", claimed=row_of("002-IV/cars-n-pair").claimed
             )
-    html = styled(side_by_side(results)).to_html()
+    html = style_table(side_by_side(results)).to_html()
     ids = re.findall(r"#(\S+?)[,\s{]", "".join(re.findall(r"([^}]*)\{\s*font-weight: bold", html)))
     bold = {re.search(rf'id="{id}"[^>]*>([^<]*)<', html)[1] for id in ids}
     best = {
@@ -169,89 +155,83 @@ def test_bold_is_within_a_section_and_for_runs_after_the_recipe(tmp_path):
 
 
 def test_a_run_of_an_old_recipe_is_not_the_tables_setting(tmp_path):
-    place = dict(dataset="cub", backbone="bn_inception", regime="finetune")
-    write_run(tmp_path, "002-II/cub-cp-pa-k-3", 0, 0.69, place=place, own=True)
-    write_run(tmp_path, "002-II/cub-cp-pa-k-1", 0, 0.69, place=place, own=True, lr=0.5)
+    write_run(tmp_path, "002-II/cub-cp-pa-k-3", 0, 0.69, own_setting=True)
+    write_run(tmp_path, "002-II/cub-cp-pa-k-1", 0, 0.69, own_setting=True, lr=0.5)
     table = side_by_side(load_results(tmp_path))
-    assert table[OWN, "R@1 difference"].to_dict().keys() == {k for k in table.index}
-    by_method = table[OWN, "R@1 difference"].droplevel(["section", "claimed for", "changed"])
+    assert table[OWN_BLOCK, "R@1 difference"].to_dict().keys() == {k for k in table.index}
+    by_method = table[OWN_BLOCK, "R@1 difference"].droplevel(["section", "claimed setting", "changed"])
     assert by_method["CP + PA K=1"] == "" and float(by_method["CP + PA K=3"]) == pytest.approx(-0.6, abs=0.5)
-    assert compare.numbers(load_results(tmp_path)).query("variant != ''").difference.isna().all()
+    assert means_over_seeds(load_results(tmp_path)).query("variant != ''").difference.isna().all()
 
 
 def test_two_seeds_have_no_p_value_and_still_count_in_the_family(tmp_path):
-    for name, seeds, r1 in (("cp-pa-k-1", 4, 0.5), ("cp-pa-k-2", 4, 0.52), ("cp-pa-k-3", 2, 0.56)):
+    for name, seeds, recall in (("cp-pa-k-1", 4, 0.5), ("cp-pa-k-2", 4, 0.52), ("cp-pa-k-3", 2, 0.56)):
         for seed in range(seeds):
-            write_run(tmp_path, f"002-II/cub-{name}", seed, r1 + 0.002 * (seed * int(name[-1]) % 3))
+            write_run(tmp_path, f"002-II/cub-{name}", seed, recall + 0.002 * (seed * int(name[-1]) % 3))
     tests = paired_tests(load_results(tmp_path))
     assert tests.seeds.tolist() == [4, 2, 2] and tests.p_t.notna().tolist() == [True, False, False]
     assert tests.holm[0] == pytest.approx(min(1, 3 * tests.p_t[0]))
     assert "–" in to_markdown(load_results(tmp_path))
 
 
-def test_the_report_says_what_the_comparison_says_about_the_claimed_order(tmp_path):
-    order = [
-        "circle-loss",
-        "softtriple",
-        "proxy-anchor",
-        "cp-proxy-anchor-loss",
-        "multi-similarity",
-    ]  # ours, worst first
+def test_the_report_states_the_agreement_with_the_claimed_order(tmp_path):
+    # ours, worst first
+    order = ["circle-loss", "softtriple", "proxy-anchor", "cp-proxy-anchor-loss", "multi-similarity"]
     for seed in range(3):
         for i, name in enumerate(order):
             write_run(tmp_path, f"002-IV/cub-{name}", seed, 0.5 + 0.02 * i, commit=f"c{seed}")
         for i, name in enumerate(("pa-s-p", "pa-s-p-s-g")):
             write_run(tmp_path, f"002-I/cub-{name}", seed, 0.5 + 0.02 * i)
     results = load_results(tmp_path)
-    found = agreement(results).set_index("section")
+    found = order_agreement(results).set_index("section")
     ours = range(5)
     claimed = [float(row_of(f"002-IV/cub-{name}").claimed["R@1"]) for name in order]
     assert found.tau["002-IV, cub, 512-d"] == pytest.approx(stats.kendalltau(claimed, ours).statistic)
     assert found.rho["002-IV, cub, 512-d"] == pytest.approx(stats.spearmanr(claimed, ours).statistic)
     text = to_markdown(results)
     assert (
-        "over 5 methods by R@1" in text
-        and "2 methods by R@1, too few for a rank correlation; pairs in the claimed order: 1 of 1" in text
+        "5 methods by R@1; Kendall's τ" in text
+        and "2 methods by R@1, too few for a rank correlation; 1 of 1 pairs have the claimed order" in text
     )
-    assert "3 commits, 0 of them with changes" in text and "5 lines with seeds of more than one commit" in text
+    assert (
+        "3 commits, 0 of them with uncommitted changes" in text and "5 lines with seeds of more than one commit" in text
+    )
     html = to_html(results, {})
     assert html.count("<tbody>") == 5 and "too few for a rank correlation" in html
 
 
-def test_losses_that_claim_nothing_are_ranked(tmp_path):
+def test_losses_without_claimed_values_are_ranked(tmp_path):
     place = dict(dataset="glyphs", backbone="small_cnn", regime="finetune")
     for seed in range(2):
-        for name, r1 in (("circle", 0.7), ("proxy-anchor", 0.8), ("contrastive", 0.6)):
-            write_run(tmp_path / "runs", f"own/{name}", seed, r1, place=place)
+        for name, recall in (("circle", 0.7), ("proxy-anchor", 0.8), ("contrastive", 0.6)):
+            write_run(tmp_path / "runs", f"own/{name}", seed, recall, place=place)
     results = load_results(tmp_path / "runs", "own")
     table = side_by_side(results)
-    assert CLAIMED not in table and not [c for c in table if "difference" in c[1]]
-    ranks = table.xs(RANK, axis=1, level=1).iloc[:, 0].droplevel(["section", "claimed for", "changed"])
+    assert CLAIMED_BLOCK not in table and not [c for c in table if "difference" in c[1]]
+    ranks = table.xs(RANK_COLUMN, axis=1, level=1).iloc[:, 0].droplevel(["section", "claimed setting", "changed"])
     assert ranks.to_dict() == {"circle": "2", "proxy_anchor": "1", "contrastive": "3"}
     paths = write_report(results, tmp_path / "report")
-    assert "claimed |" not in paths[0].read_text() and agreement(results).empty and len(paths) > 5
+    assert "claimed |" not in paths[0].read_text() and order_agreement(results).empty and len(paths) > 5
 
 
 def test_every_metric_that_a_table_claims_is_shown(tmp_path):
     write_run(tmp_path, "002-III/cub-cosface")
     write_run(tmp_path, "002-IV/cub-proxy-anchor")
-    assert {c[1] for c in side_by_side(load_results(tmp_path, "III")) if c[0] == CLAIMED} == {"MAP@R"}
-    assert [c[1] for c in side_by_side(load_results(tmp_path, "IV")) if c[0] == CLAIMED] == [
-        "R@1",
-        "R@2",
-    ]  # R@4 and R@8 were not measured
+    assert {c[1] for c in side_by_side(load_results(tmp_path, "III")) if c[0] == CLAIMED_BLOCK} == {"MAP@R"}
+    # R@4 and R@8 were not measured
+    assert [c[1] for c in side_by_side(load_results(tmp_path, "IV")) if c[0] == CLAIMED_BLOCK] == ["R@1", "R@2"]
 
 
-def test_every_row_keeps_its_claims_and_gets_no_difference_in_another_setting(tmp_path):
+def test_every_row_keeps_its_claimed_values_and_has_no_difference_in_another_setting(tmp_path):
     rows = [row for row in all_rows().values() if why_not_runnable(row, "cub", "efficientnet_lite0") is None]
     results = [write_run(tmp_path, row.id) for row in rows]
     for row, result in zip(rows, results):
         table = side_by_side([result], metrics=tuple(row.claimed))
         for metric, value in row.claimed.items():
-            if (CLAIMED, metric) in table:
-                assert table[CLAIMED, metric].tolist() == [value]
+            if (CLAIMED_BLOCK, metric) in table:
+                assert table[CLAIMED_BLOCK, metric].tolist() == [value]
         assert not [c for c in table if "difference" in c[1]]
-    numbers = compare.numbers(results)
+    numbers = means_over_seeds(results)
     assert set(numbers.row) == {row.id for row in rows} and numbers.difference.isna().all()
     paths = write_report([r for r in results if r["table"] in ("002-III", "002-V")], tmp_path / "report", "two tables")
     assert all(path.stat().st_size > 100 for path in paths)
@@ -267,7 +247,7 @@ def test_holm_is_its_definition(p):
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=4, max_size=8))
 def test_paired_is_scipys_paired_t_test_over_common_seeds(pairs):
     a, b = (pd.Series([pair[i] for pair in pairs], dtype=float) for i in (0, 1))
-    got = paired(a, b.drop(0))
+    got = paired_difference(a, b.drop(0))
     d = (a - b).to_numpy()[1:]
     assert got["seeds"] == len(d) and got["difference"] == pytest.approx(d.mean())
     if np.ptp(d) > 1e-6:
@@ -276,20 +256,20 @@ def test_paired_is_scipys_paired_t_test_over_common_seeds(pairs):
         assert (
             got["p_t"] == pytest.approx(expected.pvalue)
             and got["half"] == pytest.approx((high - low) / 2)
-            and interval(d)[0] == got["difference"]
+            and mean_interval(d)[0] == got["difference"]
         )
 
 
 def test_tests_do_not_cross_settings(tmp_path):
     for seed in range(3):
-        for name, r1 in (("cp-pa-k-3", 0.56), ("cp-pa-k-1", 0.55)):
-            write_run(tmp_path, f"002-II/cub-{name}", seed, r1)
-            write_run(tmp_path, f"002-II/cub-{name}", seed, r1, noise="20%")
+        for name, recall in (("cp-pa-k-3", 0.56), ("cp-pa-k-1", 0.55)):
+            write_run(tmp_path, f"002-II/cub-{name}", seed, recall)
+            write_run(tmp_path, f"002-II/cub-{name}", seed, recall, noise="20%")
     tests = paired_tests(load_results(tmp_path))
     assert sorted(tests.block.str.contains("noise")) == [False, True] and len(tests) == 2
 
 
-def test_command_writes_every_form_and_names_bad_files(shell, tmp_path):
+def test_command_writes_every_format_and_names_bad_files(shell, tmp_path):
     for seed in range(2):
         write_run(tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed)
         write_run(tmp_path / "runs", "002-II/cub-pa-multi-proxy-k-3-without-cp", seed, 0.56)
@@ -317,7 +297,7 @@ def test_command_writes_every_form_and_names_bad_files(shell, tmp_path):
         json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(last={"epoch": 0, "R@1": "x", "MAP@R": 0.1}))
     )
     output = shell("report", "II", status=1)
-    assert "bad/seed0/result.json is damaged (no number in last.R@1)" in output and "run its row again" in output
+    assert "bad/seed0/result.json is damaged: last.R@1 is not a number" in output and "run its row again" in output
 
 
 BROWSER = next(
@@ -327,14 +307,15 @@ BROWSER = next(
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_page_sorts_by_number_in_a_browser(tmp_path):
-    for name, r1 in (("cp-pa-k-1", 0.091), ("cp-pa-k-2", 0.56), ("cp-pa-k-3", 0.31)):
+    for name, recall in (("cp-pa-k-1", 0.091), ("cp-pa-k-2", 0.56), ("cp-pa-k-3", 0.31)):
         for seed in range(2):
-            write_run(tmp_path / "runs", f"002-II/cub-{name}", seed, r1)
+            write_run(tmp_path / "runs", f"002-II/cub-{name}", seed, recall)
     page = next(p for p in write_report(load_results(tmp_path / "runs"), tmp_path) if p.suffix == ".html")
     text = page.read_text()
 
     def order(clicks: int) -> list[str]:
-        find = "const head = [...document.querySelectorAll('table.sortable th')].find(h => h.innerText.includes('R@1 last'));"
+        heads = "[...document.querySelectorAll('table.sortable th')]"
+        find = f"const head = {heads}.find(h => h.innerText.includes('R@1 last'));"
         click = ";{" + find + "head.click();" * clicks + "}"
         page.write_text(text.replace("</script>", click + "</script>"))
         command = [
@@ -356,7 +337,7 @@ def test_page_sorts_by_number_in_a_browser(tmp_path):
 
 
 def execute(name: str, where: Path, **parameters) -> str:
-    "Text of all outputs of a figure notebook."
+    "Execute a notebook of nbs/rows and return the text of all its outputs."
     import papermill
 
     notebook = papermill.execute_notebook(
@@ -378,22 +359,22 @@ def execute(name: str, where: Path, **parameters) -> str:
 
 def test_settling_notebook_judges_each_option_against_the_base(tmp_path):
     for seed in range(4):
-        for overrides, r1 in (
+        for overrides, recall in (
             ({}, 0.55),
-            (dict(combine="average"), 0.58),
+            (dict(center="centred"), 0.58),
             (dict(calib_lambda=0), 0.55),
             (dict(calib_lambda=1), 0.5),
         ):
-            write_run(tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed, r1 + 0.001 * seed * len(overrides), **overrides)
+            write_run(
+                tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed, recall + 0.001 * seed * len(overrides), **overrides
+            )
     text = execute("settling", tmp_path, runs="runs")
     assert re.search(
-        r"R@1 last\*\*\. Better than the base: `combine=average` \(\+3\.\d+\)\. Worse: `calib_lambda=1` \(-4\.\d+\)",
+        r"R@1 last\*\*\. Better than the base: `center=centred` \(\+3\.\d+\)\. Worse: `calib_lambda=1` \(-4\.\d+\)",
         text,
     )
-    assert (
-        "in all seeds: `calib_lambda=1`; it does not with `base`, `combine=average`. Calibration off, it stays above: yes"
-        in text
-    )
+    assert "in all seeds: `calib_lambda=1`; it does not with `base`, `center=centred`." in text
+    assert "Calibration off, it stays above: yes" in text
 
 
 def test_figure_notebooks_read_a_folder_of_results(tmp_path):
@@ -435,16 +416,22 @@ def test_notebooks_that_train_what_they_show(tmp_path, glyph_folder):
 
 
 def test_ablation_notebook_reads_tables_one_and_two(tmp_path):
-    rows = {"002-I/cub-pa-s-p": 0.55, "002-I/cub-pa-s-p-s-g": 0.56, "002-I/cub-pa-s-p-s-g-l-c": 0.58, "002-II/cub-cp-pa-k-1": 0.57,
-            "002-II/cub-cp-pa-k-3": 0.58, "002-II/cub-pa-multi-proxy-k-1-without-cp": 0.55, "002-II/cub-pa-multi-proxy-k-3-without-cp": 0.54}  # fmt: skip
+    rows = {
+        "002-I/cub-pa-s-p": 0.55,
+        "002-I/cub-pa-s-p-s-g": 0.56,
+        "002-I/cub-pa-s-p-s-g-l-c": 0.58,
+        "002-II/cub-cp-pa-k-1": 0.57,
+        "002-II/cub-cp-pa-k-3": 0.58,
+        "002-II/cub-pa-multi-proxy-k-1-without-cp": 0.55,
+        "002-II/cub-pa-multi-proxy-k-3-without-cp": 0.54,
+    }
     for seed in range(3):
-        for row, r1 in rows.items():
-            write_run(tmp_path / "runs", row, seed, r1 + 0.001 * seed)
+        for row, recall in rows.items():
+            write_run(tmp_path / "runs", row, seed, recall + 0.001 * seed)
     execute("ablations", tmp_path, runs="runs")
     first, second = (pd.read_csv(tmp_path / "runs" / f"table{n}-cub.csv", header=[0, 1], index_col=0) for n in (1, 2))
-    assert (
-        first["last epoch", "difference"].iloc[2] == "2.00 ± 0.00"
-    )  # against the line above; both were trained for as many epochs
+    # the difference to the line above, which was trained for as many epochs
+    assert first["last epoch", "difference"].iloc[2] == "2.00 ± 0.00"
     claimed = next(c for c in first if c[0].startswith("the paper's"))
     assert first[claimed].astype(float).tolist() == [float(all_rows()[row].claimed["R@1"]) for row in list(rows)[:3]]
     assert second.index.tolist() == [1, 3] and second["the paper's", "with CP"].tolist() == [69.2, 69.8]
@@ -457,13 +444,8 @@ def test_noise_notebook_pairs_each_host_with_cp(tmp_path):
         for names in hosts.items():
             for name in names:
                 for rate in (10, 50):
-                    write_run(
-                        tmp_path / "runs",
-                        f"002-V/cub-{name}-noise-{rate}",
-                        seed,
-                        0.55 - 0.002 * rate,
-                        embedding_size=512,
-                    )
+                    row, recall = f"002-V/cub-{name}-noise-{rate}", 0.55 - 0.002 * rate
+                    write_run(tmp_path / "runs", row, seed, recall, embedding_size=512)
                 write_run(tmp_path / "runs", f"002-IV/cub-{clean.get(name, name)}", seed, 0.55, embedding_size=512)
     text = execute("noise", tmp_path, runs="runs")
     assert text.count("SoftTriple, last epoch: from clean labels to 50 %") == 1 and "Proxy-NCA" in text

@@ -1,4 +1,4 @@
-"The BN-Inception download over a network that fails in every way it can: a local HTTP server plays the public one."
+"Download of the BN-Inception weights from a local HTTP server, over intact and failing connections."
 
 import hashlib
 import threading
@@ -11,7 +11,7 @@ from dml_nb.models.bn_inception import BNInception, bn_inception_weights
 
 
 def checkpoint(folder, change=lambda state: state, **save_options):
-    "A small file with the public checkpoint's names, named after its own SHA-256."
+    "A small checkpoint with the key names of the public one; its file name contains its SHA-256."
     keys = {k: v.shape for k, v in BNInception().state_dict().items() if not k.endswith("num_batches_tracked")}
     state = {k: torch.tensor(float(i)).expand(shape) for i, (k, shape) in enumerate(keys.items())}
     state |= {"last_linear.weight": torch.zeros(1).expand(1000, 1024), "last_linear.bias": torch.zeros(1000)}
@@ -22,7 +22,7 @@ def checkpoint(folder, change=lambda state: state, **save_options):
 
 @pytest.fixture
 def server():
-    "Serves the bytes in `server.files`; `server.cut` bytes are promised but not sent."
+    "Serves the bytes in `server.files`; the last `server.cut` bytes are announced but not sent."
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -50,14 +50,14 @@ def server():
 
 
 def publish(server, file, name=None):
-    "The address under which `server` has `file`."
+    "Put a file on the server and return its address."
     path = f"/{name or file.name}"
     server.files[path] = file.read_bytes()
     return server.url + path
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["new format", "format of the public file"])
-def test_download_fills_the_network_once(server, tmp_path, zipped):
+def test_weights_are_loaded_and_downloaded_only_once(server, tmp_path, zipped):
     url = publish(server, checkpoint(tmp_path, _use_new_zipfile_serialization=zipped))
     net = BNInception()
     net.load_state_dict(bn_inception_weights(url, tmp_path / "cache"))
@@ -67,29 +67,31 @@ def test_download_fills_the_network_once(server, tmp_path, zipped):
     assert len(server.asked) == 1
 
 
-def test_tensors_of_one_row_are_squeezed(server, tmp_path):
-    one_row = lambda state: {k: v[None] if "_bn." in k else v for k, v in state.items()}
+def test_tensors_of_shape_1_c_are_squeezed(server, tmp_path):
+    def one_row(state):
+        return {k: v[None] if "_bn." in k else v for k, v in state.items()}
+
     state = bn_inception_weights(publish(server, checkpoint(tmp_path, one_row)), tmp_path / "cache")
     assert state["conv1_7x7_s2_bn.running_var"].shape == (64,)
     assert "last_linear.weight" not in state
     BNInception().load_state_dict(state)
 
 
-def test_cache_is_the_default_place(server, tmp_path, monkeypatch):
+def test_default_folder_is_in_the_cache(server, tmp_path, monkeypatch):
     monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "root"))
     file = checkpoint(tmp_path)
     bn_inception_weights(publish(server, file))
     assert (tmp_path / "root" / "weights" / file.name).exists()
 
 
-def test_wrong_hash_leaves_nothing(server, tmp_path):
+def test_file_with_a_wrong_hash_is_deleted(server, tmp_path):
     url = publish(server, checkpoint(tmp_path), "bn_inception-52deb4733.pth")
     with pytest.raises(RuntimeError, match="is damaged"):
         bn_inception_weights(url, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_truncated_download_leaves_nothing_and_can_be_repeated(server, tmp_path):
+def test_truncated_download_is_deleted_and_can_be_repeated(server, tmp_path):
     url, server.cut = publish(server, checkpoint(tmp_path)), 1000
     with pytest.raises(RuntimeError, match=url):
         bn_inception_weights(url, tmp_path / "cache")
@@ -98,7 +100,7 @@ def test_truncated_download_leaves_nothing_and_can_be_repeated(server, tmp_path)
     assert bn_inception_weights(url, tmp_path / "cache")
 
 
-def test_missing_file_names_address_and_remedy(server, tmp_path):
+def test_error_for_a_missing_file_states_address_and_remedy(server, tmp_path):
     url = f"{server.url}/bn_inception-52deb4733.pth"
     with pytest.raises(RuntimeError) as error:
         bn_inception_weights(url, tmp_path / "cache")
@@ -113,13 +115,13 @@ def test_unreachable_server(server, tmp_path):
         bn_inception_weights(url, tmp_path / "cache")
 
 
-def test_file_put_by_hand_is_used_without_network(server, tmp_path):
+def test_file_copied_by_hand_needs_no_network(server, tmp_path):
     file = checkpoint(tmp_path)
     assert bn_inception_weights(f"{server.url}/{file.name}", tmp_path)
     assert server.asked == []
 
 
-def test_damaged_file_put_by_hand_is_refused_and_kept(server, tmp_path):
+def test_damaged_file_copied_by_hand_is_refused_and_kept(server, tmp_path):
     file = checkpoint(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(RuntimeError, match="is damaged or not the right file"):
@@ -136,6 +138,6 @@ def test_damaged_file_put_by_hand_is_refused_and_kept(server, tmp_path):
     ],
     ids=["missing", "unknown", "shape"],
 )
-def test_other_keys(server, tmp_path, change, first):
+def test_checkpoint_of_another_network_is_refused(server, tmp_path, change, first):
     with pytest.raises(RuntimeError, match=f"1 keys are missing, unknown or of another shape, first '{first}'"):
         bn_inception_weights(publish(server, checkpoint(tmp_path, change)), tmp_path / "cache")

@@ -21,12 +21,13 @@ def example_result(
     seed: int = 0,  # of the run
     recall: float = 0.55,  # Recall@1 of the best epoch
     own_setting: bool = False,  # True: the setting of the row's table
+    place: dict | None = None,  # dataset, backbone and regime; None: one of the two above
     version: str = "0.0.1",  # of the package
     commit: str = "c1",  # of the code
     **overrides,  # settings that differ from the row's recipe
 ) -> dict:  # as stored in `result.json`, with its folder under "folder"
     "What a run of this row stores, with invented metric values."
-    row, place = row_of(row), _TABLE_SETTING if own_setting else _OTHER_SETTING
+    row, place = row_of(row), place or (_TABLE_SETTING if own_setting else _OTHER_SETTING)
     best = {f"R@{k}": recall + gain for k, gain in {1: 0, 2: 0.1, 4: 0.18, 8: 0.24}.items()}
     best |= {"epoch": 3, "MAP@R": recall / 3, "deviation": 1.2}
     return dict(

@@ -70,7 +70,7 @@ def _remove_paths(notebook: Path):
     for cell in nb.cells:
         cell.metadata.pop("papermill", None)
         for output in cell.get("outputs", []):
-            if output.output_type == "stream":  # "/home/me/lib/file.py:12" becomes "file.py:12"
+            if output.output_type == "stream":  # "folder/lib/file.py:12" becomes "file.py:12"
                 output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
     nbformat.write(nb, notebook)
 
