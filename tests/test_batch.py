@@ -371,7 +371,10 @@ def test_a_file_that_cannot_be_read_or_written_fails_one_row(fake, tmp_path, mon
     names = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss", "Proxy Anchor"]
     done, (failed,) = run(names, tmp_path)
     assert (
-        len(done) == 1 and len(fake) == 2 and "history.csv" in str(failed) and "the same command then goes on" in str(failed)
+        len(done) == 1
+        and len(fake) == 2
+        and "history.csv" in str(failed)
+        and "the same command then goes on" in str(failed)
     )
     assert "1 done, 1 failed" in capsys.readouterr().out
     monkeypatch.setattr(batch, "share_result", share_result)
