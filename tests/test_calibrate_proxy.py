@@ -6,7 +6,7 @@ import torch
 from dml_nb.core.class_queues import ClassQueues
 from dml_nb.losses import calibrate, create_loss, list_losses
 from dml_nb.losses.cp_readings import READINGS
-from dml_nb.losses.proxy_hosts import CP_HOSTS
+from dml_nb.losses.proxy_hosts import CP_HOST_DEFAULTS
 
 REFUSED = [
     ("cp_proxy_anchor", dict(capacity=True), "capacity must be a whole number, got True"),
@@ -56,7 +56,7 @@ def test_arcface_refuses_the_centred_reading_because_it_needs_a_cosine():
 
 
 def test_every_host_has_its_loss():
-    assert {f"cp_{host}" for host in CP_HOSTS} | {"cp_reading"} == {n for n in list_losses() if n.startswith("cp_")}
+    assert {f"cp_{host}" for host in CP_HOST_DEFAULTS} | {"cp_reading"} == {n for n in list_losses() if n.startswith("cp_")}
 
 
 def test_presets_name_the_two_readings_of_the_softmax():

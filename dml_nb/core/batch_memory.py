@@ -56,7 +56,7 @@ def enqueue(
     labels: Tensor,  # (B,) class ids
     sample_ids: Tensor | None = None,  # (B,) ids of the images, 0 or above; None: unknown
 ):
-    "Store a batch; of a batch larger than the memory, the last `capacity` entries."
+    "Store a batch; if it is larger than the memory, store its last `capacity` entries."
     check_embeddings(embeddings, self.embeddings.shape[1])
     check_labels(labels, len(embeddings))
     if sample_ids is not None:

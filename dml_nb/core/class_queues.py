@@ -50,7 +50,7 @@ def enqueue(
     C, m, D = self.queue.shape
     check_embeddings(embeddings, D)
     check_labels(labels, len(embeddings), C)
-    class_B, order_B = labels.long().sort(stable=True)
+    class_B, order_B = labels.long().sort(stable=True)  # the labels in sorted order
     first_B = torch.searchsorted(class_B, class_B)  # where the samples of the same class begin
     arrived_B = torch.searchsorted(class_B, class_B, right=True) - first_B
     rank_B = torch.arange(len(class_B), device=class_B.device) - first_B
@@ -69,6 +69,6 @@ def update_mean(
 ):
     "Take the means of these classes from their stored embeddings."
     m = self.capacity
-    row_Bm = class_B[:, None] * m + torch.arange(m, device=class_B.device)
+    row_Bm = class_B[:, None] * m + torch.arange(m, device=class_B.device)  # of the queues, flattened to (C*m, D)
     sum_BD = embedding_bag(row_Bm, self.queue.flatten(0, 1), mode="sum")
     self.mean[class_B] = sum_BD.to(self.mean.dtype) / self.count[class_B].clamp_min(1)[:, None]

@@ -87,10 +87,10 @@ def match_masks(
 
 # %% ../../nbs/10_core/02_similarity.ipynb #719720b5
 def first_order_only():
-    "Raise an error in a written-out backward pass if a second derivative is requested, which it would get wrong."
+    "Raise an error if a second derivative is requested from a hand-written backward pass, because it would be wrong."
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "this loss writes its gradient out and has no second derivative: call backward() without create_graph=True."
+            "the hand-written gradient of this loss has no second derivative: call backward() without create_graph=True."
         )
 
 

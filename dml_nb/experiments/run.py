@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dml_nb
 from ..core.files import cache_root, write_atomically
-from ..core.renamed import current_loss, renamed_settings
+from ..core.renamed import current_loss
 from ..data import load_dataset
 from ..data.image_sets import ImageSet, RetrievalData
 from ..data.label_noise import read_noise_list, symmetric_noise, with_noise
@@ -76,7 +76,7 @@ class Run:
         folder: str | Path,  # receives the checkpoint and the results
     ):
         self.row, self.seed, self.folder = row_of(row), seed, Path(folder)
-        self.settings = renamed_settings(settings)  # a stored notebook may use old names
+        self.settings = settings
         self.seconds, self.started = {}, perf_counter()
 
     @cached_property

@@ -18,7 +18,6 @@ from shutil import copyfile
 from packaging.version import InvalidVersion, Version
 
 from ..core.files import write_atomically
-from ..core.renamed import renamed_settings
 from .recipes import flat_settings, is_table_setting, settings_for
 from .tables import Row, row_of, slug
 
@@ -94,7 +93,7 @@ def _bad_metrics(result: dict) -> list[str]:
 # %% ../../nbs/70_experiments/04_run_store.ipynb #98cd8768
 def read_result(
     path: str | Path,  # a `result.json`
-) -> dict:  # its content, with settings under their names of today
+) -> dict:  # its content
     "Read and check a result; a damaged file or one of a newer version raises an error that says so."
     remedy = "Delete it and run its row again."
     try:
@@ -112,7 +111,7 @@ def read_result(
         raise ValueError(f"the result {path} was written by dml_nb {theirs}, but this is {version('dml_nb')}: {advice}")
     if problems := _problems(result):
         raise DamagedResult(f"the result {path} is damaged: {', '.join(problems)}. {remedy}")
-    return result | dict(settings=renamed_settings(result["settings"]))
+    return result
 
 # %% ../../nbs/70_experiments/04_run_store.ipynb #36633ca3
 def _write_json(path: Path, content: dict):
@@ -156,11 +155,11 @@ def set_aside(
 # %% ../../nbs/70_experiments/04_run_store.ipynb #a9a21977
 def read_params(
     folder: str | Path,  # of a run
-) -> dict:  # empty if the file is absent or damaged; settings under their names of today
+) -> dict:  # empty if the file is absent or damaged
     "The content of `params.json`."
     try:
         params = json.loads((Path(folder) / "params.json").read_text(encoding="utf-8"))
-        return params | dict(settings=renamed_settings(params["settings"]))
+        return params if isinstance(params["settings"]["params"], dict) else {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 

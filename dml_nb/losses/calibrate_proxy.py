@@ -50,7 +50,7 @@ class CalibrateProxyLoss(DMLLoss):
         embedding_size: int,  # D
         host: Callable[[Tensor, Tensor], Tensor] = proxy_anchor_loss,  # `(sim_BC, labels) -> scalar`
         proxies_per_class: int = 3,  # K
-        proxy_temp: float = 1.0,  # γ of Eq. 5; the paper names none, SoftTriple has 0.1
+        proxy_temp: float = 1.0,  # γ of Eq. 5; the paper states no value, SoftTriple has 0.1
         capacity: int = 30,  # m, embeddings remembered for each class
         start_epoch: int = 12,  # t_s, counted from 0: first epoch with global centre and calibration
         calib_lambda: float = 1.0,  # λ, weight of the calibration
@@ -63,11 +63,20 @@ class CalibrateProxyLoss(DMLLoss):
         check_at_least(proxy_temp=(proxy_temp, 1e-4), calib_lambda=(calib_lambda, 0), center_weight=(center_weight, 0))
         if center not in CENTERS:
             raise unknown("center", center, CENTERS)
-        if proxies_per_class == 1 and proxy_temp != 0.1:  # 0.1 comes with the preset "sharp", for any number of proxies
+        if proxies_per_class == 1 and proxy_temp not in (1.0, 0.1):  # the two presets fit any number of proxies
             check_default("with one proxy a class", proxy_temp=(proxy_temp, 1.0))
         store_attr(but="capacity")
         self.proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
         self.global_center = ClassQueues(num_classes, embedding_size, capacity)
+
+# %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #3a100013
+def without_common_part(
+    mean_CD: Tensor,  # (C, D) global centres
+    filled_C: Tensor,  # (C,) boolean: the class has a queue entry
+) -> Tensor:  # (C, D); still 0 for a class with an empty queue
+    "Global centres minus their mean over the classes with a filled queue."
+    common_D = mean_CD.sum(0) / filled_C.sum().clamp_min(1)
+    return (mean_CD - common_D) * filled_C[:, None]
 
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #3a100012
 @patch
@@ -91,15 +100,6 @@ def calibration(
 ) -> Tensor:  # scalar
     "The calibration term L_c."
     return calibration_loss(w_CKD, self.global_center.mean.to(w_CKD.dtype), self.global_center.count > 0)
-
-# %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #3a100013
-def without_common_part(
-    mean_CD: Tensor,  # (C, D) global centres
-    filled_C: Tensor,  # (C,) boolean: the class has a queue entry
-) -> Tensor:  # (C, D); still 0 for a class with an empty queue
-    "Global centres minus their mean over the classes with a filled queue."
-    common_D = mean_CD.sum(0) / filled_C.sum().clamp_min(1)
-    return (mean_CD - common_D) * filled_C[:, None]
 
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #5a0a4bb2
 @patch

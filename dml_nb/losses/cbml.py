@@ -23,12 +23,12 @@ def log_odds(
     sim_BN: Tensor,  # (B, N) similarities
     pos_BN: Tensor,  # (B, N) boolean mask of positives
     neg_BN: Tensor,  # (B, N) boolean mask of negatives
-    alpha_p: float = 0.5,  # similarity at which a positive is in even doubt
-    beta_p: float = 0.5,  # scale on which its doubt grows
-    alpha_n: float = 1.0,  # similarity at which a negative is in even doubt
-    beta_n: float = 0.01,  # scale on which its doubt grows
+    alpha_p: float = 0.5,  # similarity at which the odds of a mistake are 1 for a positive
+    beta_p: float = 0.5,  # difference of similarity that changes these odds by the factor e
+    alpha_n: float = 1.0,  # similarity at which the odds of a mistake are 1 for a negative
+    beta_n: float = 0.01,  # difference of similarity that changes these odds by the factor e
 ) -> tuple[Tensor, Tensor]:  # (B,) log(1 + a) of the positives and (B,) log(1 + b) of the negatives
-    "Negative log-posterior that an anchor's pairs are all right, for positives and for negatives."
+    "Negative log-probability that no pair of an anchor is a mistake, for positives and for negatives."
     return (log1p_sum_exp((alpha_p - sim_BN) / beta_p, pos_BN), log1p_sum_exp((sim_BN - alpha_n) / beta_n, neg_BN))
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #c1f325a1
@@ -59,7 +59,7 @@ def cbml_mining(
     margin: float = 0.1,  # slack m
     negatives: str = "adaptive",  # "adaptive", or "top100": the 100 nearest
 ) -> tuple[Tensor, Tensor]:  # (B, N) masks of the pairs kept; rows of skipped anchors are all False
-    "Pairs that have a rival of the other kind within the slack."
+    "Keep the pairs that are not better than the hardest pair of the other kind by more than the slack."
     pos_mined, neg_mined = slack_mining(sim_BN, pos_BN, neg_BN, margin)
     if negatives == "adaptive":
         return pos_mined, neg_mined
@@ -104,7 +104,7 @@ def _check_parameters(kind, doubt, gamma, h, omegas, negatives, margin, miner):
     largest, limit = max((1 + alpha_p) / beta_p, (1 - alpha_n) / beta_n), _KINDS[kind]
     if largest > limit:
         raise ValueError(
-            f"kind={kind!r} needs exponents up to {limit:g}, these reach {largest:.4g}: "
+            f"kind={kind!r} allows exponents up to {limit:g}, these reach {largest:.4g}: "
             "raise beta_p or beta_n, or use kind='log'."
         )
 
@@ -116,10 +116,10 @@ class CBMLLoss(PairLoss):
     def __init__(
         self,
         kind: str = "log",  # function of the posterior: "log", "sqrt" or "const"
-        alpha_p: float = 0.5,  # similarity at which a positive is in even doubt
-        beta_p: float = 0.5,  # scale on which its doubt grows
-        alpha_n: float = 1.0,  # similarity at which a negative is in even doubt
-        beta_n: float = 0.01,  # scale on which its doubt grows
+        alpha_p: float = 0.5,  # similarity at which the odds of a mistake are 1 for a positive
+        beta_p: float = 0.5,  # difference of similarity that changes these odds by the factor e
+        alpha_n: float = 1.0,  # similarity at which the odds of a mistake are 1 for a negative
+        beta_n: float = 0.01,  # difference of similarity that changes these odds by the factor e
         margin: float = 0.1,  # slack m of the mining
         gamma: float = 1.0,  # weight of the variance constraint
         h: float = 0.2,  # share of the positives in its reference mean
@@ -154,7 +154,7 @@ def from_similarities(
 # %% ../../nbs/40_losses/09_cbml.ipynb #c0b9d7c3
 @patch
 def pairs(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
-    "Posterior cost of the mined pairs plus the variance of all negatives, for anchors that survive."
+    "Posterior cost of the mined pairs plus the variance of all negatives, for the anchors that are not skipped."
     u_B, v_B = log_odds(sim_BN, pos_BN, neg_BN, *self.posterior)
     cost_B = posterior_cost(u_B, self.kind, self.omega_p) + posterior_cost(v_B, self.kind, self.omega_n)
     if self.gamma:

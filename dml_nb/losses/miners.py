@@ -286,7 +286,10 @@ def triplets(
     "One triplet for each ordered positive pair, or for each anchor."
     size = self.embedding_size or self.dimension
     if size is None:
-        raise ValueError("similarities do not tell the embedding size: pass embedding_size, or call loss or miner.")
+        raise ValueError(
+            "similarities do not tell the embedding size: "
+            "pass embedding_size, or call the loss or the miner on embeddings."
+        )
     index_BP, used_BP = pack_positives(pos_BN)
     if self.one_per_anchor:
         index_BP, used_BP = sample_columns(pos_BN.to(sim_BN.dtype), 1), used_BP[:, :1]

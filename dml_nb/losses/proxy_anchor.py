@@ -22,7 +22,7 @@ def class_logsumexp(
     labels: Tensor,  # (B,) class ids
     num_classes: int,  # C
 ) -> Tensor:  # (C,)
-    "`log(sum(exp(x)))` over the samples of each class; about -1e38 for a class without samples."
+    "`log(sum(exp(x)))` over the samples of each class; a huge negative number for a class without samples."
     top_C = x_B.new_full((num_classes,), torch.finfo(x_B.dtype).min / 4).scatter_reduce(0, labels, x_B.detach(), "amax")
     sum_C = torch.zeros_like(top_C).index_add(0, labels, (x_B - top_C[labels]).exp())
     return top_C + sum_C.clamp_min(0.5).log()  # the largest term is 1, so only an empty class has a sum below 1

@@ -119,6 +119,7 @@ class Ranker:
             raise ValueError("the gallery's only row is the query itself: add rows to the gallery.")
         dtype, largest = filter_dtype(self.device, precision), _largest_number(self.query, self.gallery, metric)
         self._keep_rows(memory_mb * 2**20)
+        # The optional speed is chosen here; both filters give the same results.
         self.filter = self._low_precision_filter(dtype, largest) if dtype != torch.float64 else self._no_filter()
 
 # %% ../../nbs/50_retrieval/04_ranker.ipynb #596f3932
