@@ -90,7 +90,7 @@ def first_order_only():
     "Raise an error if a second derivative is requested from a hand-written backward pass, because it would be wrong."
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the hand-written gradient of this loss has no second derivative: call backward() without create_graph=True."
+            "the hand-written gradient of the loss has no second derivative: call backward() without create_graph=True."
         )
 
 

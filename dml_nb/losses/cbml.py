@@ -126,7 +126,7 @@ class CBMLLoss(PairLoss):
         omega_p: float = 0.25,  # slope of "const" for positives
         omega_n: float = 0.25,  # slope of "const" for negatives
         negatives: str = "adaptive",  # "adaptive", or "top100": the 100 nearest
-        miner: nn.Module | str | None = None,  # replaces CBML's own mining; the variance still sees every negative
+        miner: nn.Module | str | None = None,  # replaces CBML's own mining; the variance still uses all negatives
         self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
     ):
         super().__init__(miner, self_eps)

@@ -40,7 +40,7 @@ class MarginLoss(PairLoss):
         beta: float = 1.2,  # threshold; its start if it is learned
         learn_beta: str | None = None,  # None: constant; "shared"; "class": one for each class
         num_classes: int | None = None,  # C, for learn_beta="class"
-        nu: float = 0.0,  # price ν of a learned β
+        nu: float = 0.0,  # weight ν of the penalty on a learned β
         rule: str = "distance_weighted",  # "distance_weighted": one negative for each positive pair; "all"
         far: float | None = 1.4,  # negatives from this distance on are not drawn; None: no limit
         one_per_anchor: bool = False,  # draw one triplet for each anchor
@@ -83,7 +83,7 @@ def thresholds(self: MarginLoss, sim_BN: Tensor) -> Tensor:  # (B,)
     if not self.num_classes:
         return beta.expand(len(sim_BN))
     if self.anchor_labels is None or len(self.anchor_labels) != len(sim_BN):
-        raise ValueError("a beta for each class needs the labels of the anchors: call the loss itself.")
+        raise ValueError("a beta for each class needs the labels of the anchors: call the loss on embeddings.")
     return beta[self.anchor_labels]
 
 # %% ../../nbs/40_losses/11_margin.ipynb #413a903d
@@ -94,7 +94,7 @@ def average(
     active: Tensor,  # number of hinges above 0
     number: Tensor | int,  # number of triplets
 ) -> Tensor:  # scalar
-    "The mean over the active hinges, plus the price of β if there is any triplet."
+    "The mean over the active hinges, plus the penalty on β if there is any triplet."
     price = self.nu * self.beta.to(total.dtype).sum() if self.nu else 0.0
     return total / active.clamp_min(1) + price * (number > 0)
 

@@ -55,11 +55,11 @@ class XBMLoss(DMLLoss):
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #521f5269
 def check_pair_loss(
-    loss: DMLLoss,  # loss to compare with a memory
+    loss: DMLLoss,  # loss to use with a memory
     name: str,  # its name, for the error message
     embedding_size: int,  # D
 ):
-    "Raise `ValueError` unless the loss is a function of similarities with any references, of unit vectors."
+    "Raise `ValueError` unless the loss is a function of similarities of unit vectors and takes any references."
     anchor, refs = torch.zeros(1, embedding_size), torch.zeros(2, embedding_size)
     labels = torch.zeros(2, dtype=torch.long)
     if not (isinstance(loss, PairLoss) and loss.normalised and loss.similarity(anchor, refs).shape == (1, 2)):
