@@ -56,7 +56,9 @@ def test_arcface_refuses_the_centred_reading_because_it_needs_a_cosine():
 
 
 def test_every_host_has_its_loss():
-    assert {f"cp_{host}" for host in CP_HOST_DEFAULTS} | {"cp_reading"} == {n for n in list_losses() if n.startswith("cp_")}
+    assert {f"cp_{host}" for host in CP_HOST_DEFAULTS} | {"cp_reading"} == {
+        n for n in list_losses() if n.startswith("cp_")
+    }
 
 
 def test_presets_name_the_two_readings_of_the_softmax():
