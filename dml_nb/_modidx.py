@@ -732,6 +732,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'dml_nb/experiments/tables.py'),
                                            'dml_nb.experiments.tables.slug': ( '70_experiments/tables.html#slug',
                                                                                'dml_nb/experiments/tables.py'),
+                                           'dml_nb.experiments.tables.stored_loss_defaults': ( '70_experiments/tables.html#stored_loss_defaults',
+                                                                                               'dml_nb/experiments/tables.py'),
                                            'dml_nb.experiments.tables.why_not_runnable': ( '70_experiments/tables.html#why_not_runnable',
                                                                                            'dml_nb/experiments/tables.py')},
             'dml_nb.experiments.time_estimate': { 'dml_nb.experiments.time_estimate._estimate_group': ( '70_experiments/time_estimate.html#_estimate_group',

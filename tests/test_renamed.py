@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from dml_nb.core.renamed import NAMES, current_loss, find_old_name
+from dml_nb.experiments.recipes import settings_for
 from dml_nb.experiments.run_store import read_result
+from dml_nb.experiments.tables import row_of
 from dml_nb.losses import create_loss
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -47,3 +49,18 @@ def test_every_stored_result_can_be_read_and_its_loss_can_be_built():
     for loss, params in sorted(built):
         name, params = current_loss(loss, json.loads(params))
         assert create_loss(name, num_classes=100, embedding_size=8, **params)
+
+
+def test_the_settings_of_every_stored_run_can_be_asked_for_again():
+    "As `dml_nb run ROW --set name=value` does; the loss that takes a parameter today may be another one."
+    stored = {}
+    for path in RUNS.glob("**/params.json"):
+        params = json.loads(path.read_text(encoding="utf-8"))
+        s = params["settings"]
+        stored[params["row"], s["dataset"], json.dumps(s, sort_keys=True)] = s
+    for (row, dataset, _), s in stored.items():
+        fixed = {"dataset", "backbone", "regime", "loss", "params", "embedding_size"}
+        asked = {name: value for name, value in s.items() if name not in fixed}
+        asked |= {f"loss.{name}": value for name, value in s["params"].items() if name != "preset"}  # a recipe's alone
+        again = settings_for(row_of(row), dataset, s["backbone"], s["regime"], **asked)
+        assert again["params"] | s["params"] == again["params"], row

@@ -65,9 +65,11 @@ def enqueue(
 @torch.no_grad()
 def update_mean(
     self: ClassQueues,
-    class_B: Tensor,  # (B,) class ids; repeated ids do no harm
+    class_B: Tensor,  # (B,) sorted class ids; repeated ids do no harm
 ):
     "Take the means of these classes from their stored embeddings."
+    if class_B.is_cpu:  # saves the repetitions; on a GPU, the number of classes would have to be read back
+        class_B = class_B.unique_consecutive()
     m = self.capacity
     row_Bm = class_B[:, None] * m + torch.arange(m, device=class_B.device)  # of the queues, flattened to (C*m, D)
     sum_BD = embedding_bag(row_Bm, self.queue.flatten(0, 1), mode="sum")

@@ -32,7 +32,6 @@ NAMES = {  # old name -> name of today, both with their module
     "experiments.results.plus_minus": "experiments.statistics.format_interval",
     "experiments.results.value_of": "experiments.results.setting_value",
     "experiments.results.where": "experiments.results.setting_name",
-    "losses.deviation": "losses.proxy_deviation.deviation",
 }
 
 # %% ../../nbs/10_core/08_renamed.ipynb #a00b4f06

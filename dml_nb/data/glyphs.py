@@ -59,7 +59,7 @@ def draw_glyph(
 def distinct_characters(
     pictures: np.ndarray,  # (C, F, SIDE, SIDE) uint8: C characters in F fonts
 ) -> list[int]:  # indices of the characters to keep, ascending
-    "Leave out characters with a blank picture or with the same picture as an earlier one in half of the fonts."
+    "Leave out characters with a blank picture, or that equal an earlier one in at least half of the fonts."
     keep, seen = [], defaultdict(list)
     for i, faces in enumerate(pictures):
         keys = [(face, picture.tobytes()) for face, picture in enumerate(faces)]

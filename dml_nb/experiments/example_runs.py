@@ -47,7 +47,7 @@ def example_result(
     )
 
 # %% ../../nbs/70_experiments/11_example_runs.ipynb #d9784c87
-SEED_LUCK = (0.002, -0.004, 0.001, 0.006, -0.003)  # what each seed adds to Recall@1 of all methods
+SEED_LUCK = (0.002, -0.004, 0.001, 0.006, -0.003)  # random effect of each seed on Recall@1 of all methods
 
 
 def example_results() -> list[dict]:  # 50 results

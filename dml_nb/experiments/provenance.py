@@ -156,7 +156,7 @@ def _is_comparable(a: Row, b: Row) -> bool:
 
 # %% ../../nbs/70_experiments/03_provenance.ipynb #9ab58156
 def _has_support(row: Row, metric: str) -> bool:
-    "Does a row without a backbone have the value of some row with one?"
+    "Does a row that states no backbone agree with some row that states one?"
     return row.backbone is None and any(
         other.backbone and other.claimed.get(metric) == row.claimed.get(metric)
         for other in all_rows().values()
@@ -174,7 +174,7 @@ def _contradicts(row: Row, other: Row, metric: str) -> bool:
 def contradictions(
     row: Row,  # any row
 ) -> list[str]:  # "R@8 is 82.6 here, 86.2 in 001-T1 and 002-IV"
-    "Where other tables claim another value for the same thing."
+    "The metrics for which other tables claim another value for the same method and setting."
     others = [other for other in all_rows().values() if other.table != row.table and _is_comparable(row, other)]
     found = []
     for metric, value in row.claimed.items():
@@ -188,7 +188,7 @@ def contradictions(
 
 # %% ../../nbs/70_experiments/03_provenance.ipynb #bd2d228c
 def _claims(row: Row) -> list[str]:
-    "What the source says about a row, and what is odd about it."
+    "The claimed values of a row, its notes, and its contradictions with other tables."
     claimed = ", ".join(f"{metric} {value}" for metric, value in row.claimed.items())
     return [
         row.id,
@@ -209,7 +209,7 @@ def describe(
     backbone: str | None = None,  # None: the row's own
     regime: str = "finetune",  # or "frozen"
 ) -> str:  # lines of text
-    "What the source claims, what is odd about it, whether the row can run, and every value with its source."
+    "The claimed values, notes and contradictions of a row, whether it can run, and every value with its source."
     if why := why_not_runnable(row, dataset, backbone):
         return "\n".join([*_claims(row), f"  cannot run  {why}"])
     frame = explain(row, dataset, backbone, regime)

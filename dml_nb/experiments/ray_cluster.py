@@ -116,7 +116,7 @@ class _Messages:
 # %% ../../nbs/70_experiments/09_ray_cluster.ipynb #dcaa0286
 @dataclass(frozen=True)
 class Cluster:
-    "Where jobs run, and what each of them gets."
+    "The address of a cluster, and the resources of each job."
 
     address: str = "local"  # "local", "auto", "host:port" or "ray://host:port"
     num_cpus: float = 1  # per job

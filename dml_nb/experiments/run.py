@@ -98,7 +98,7 @@ def lock_folder(
     self: Run,
     patience: float = 60,  # seconds to wait for another process
 ):
-    "Keep other processes out of the folder until this process ends."
+    "Lock the folder for this process until it ends."
     self.folder.mkdir(parents=True, exist_ok=True)
     self.lock = FileLock(self.folder / ".lock", is_singleton=True)  # the same process may lock it again
     try:
@@ -200,7 +200,7 @@ def _git_commit() -> str:
 
 
 def environment() -> dict[str, str]:  # versions, hardware, git commit
-    "What a number depends on besides its settings."
+    "The conditions of a measurement besides its settings."
     packages = {name: version(name) for name in ("dml_nb", "torch", "torchvision", "fastai", "numpy")}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return packages | dict(
@@ -230,7 +230,7 @@ def result(
     self: Run,
     history: pd.DataFrame,  # from `fit`
 ) -> dict:  # the content of `result.json`
-    "Metrics of the best and the last epoch, the claimed values, and everything needed to judge them."
+    "Metrics of the best and the last epoch, the claimed values, and the conditions of the measurement."
     train, evaluate = float(history.train_seconds.sum()), float(history.eval_seconds.sum())
     seconds = self.seconds | dict(train=train, evaluate=evaluate, notebook=perf_counter() - self.started)
     return dict(

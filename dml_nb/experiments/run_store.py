@@ -66,7 +66,7 @@ class DamagedResult(ValueError):
 
 # %% ../../nbs/70_experiments/04_run_store.ipynb #d2cf13d7
 def _problems(result) -> list[str]:
-    "What is wrong with a result, such as 'best.R@1 is missing'."
+    "The defects of a result, such as 'best.R@1 is missing'."
     if not isinstance(result, dict):
         return ["it is not a dictionary"]
     types = RESULT_TYPES | (dict(shared_with=str) if "shared_with" in result else {})
@@ -94,7 +94,7 @@ def _bad_metrics(result: dict) -> list[str]:
 def read_result(
     path: str | Path,  # a `result.json`
 ) -> dict:  # its content
-    "Read and check a result; a damaged file or one of a newer version raises an error that says so."
+    "Read and check a result; raise an error if the file is damaged or if a newer version wrote it."
     remedy = "Delete it and run its row again."
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def stage_result(
     folder: str | Path,  # of the run
     result: dict,  # with the entries of `RESULT_TYPES`
 ):
-    "Write a result that does not count before `publish_result`."
+    "Write the result as `result.pending.json`, which is not valid before `publish_result`."
     _write_json(Path(folder) / PENDING, result)
 
 
@@ -187,7 +187,7 @@ def describe_changes(
     old: dict,  # settings of a run
     new: dict,  # settings of a run
 ) -> list[str]:  # "lr 0.001, now 0.0003"
-    "What differs between old and new settings, in words."
+    "The differences between old and new settings, as text."
     old, new = flat_settings(old), flat_settings(new)
     values = {name: (old.get(name, "not set"), new.get(name, "not set")) for name in old | new}
     return [f"{name} {before}, now {now}" for name, (before, now) in values.items() if before != now]
@@ -197,7 +197,7 @@ def why_stale(
     record: dict,  # a result, or the content of `params.json`
     checksum: str | None = None,  # of the data as they are now; None: not compared
 ) -> str | None:  # "the recipe changed: lr 0.001, now 0.0003"; None: the run still counts
-    "Why an earlier run does not count any more."
+    "The reason why an earlier run is no longer valid."
     theirs = record.get("version") or record["environment"]["dml_nb"]
     if theirs != version("dml_nb"):
         return f"dml_nb was {theirs}, now {version('dml_nb')}"
@@ -226,7 +226,7 @@ def stale_runs(
     seed: int,  # of the run
     asked: dict,  # the request that led to these settings
 ) -> list[str]:  # "002-II/...: the recipe changed: ..."
-    "Finished runs of the same request that do not count any more, with the reason."
+    "Finished runs of the same request that are no longer valid, with the reason."
     out, found = Path(out), []
     for path in sorted((out / row.id).glob(f"{_setting_name(settings)}-*/seed{seed}/params.json")):
         folder, params = path.parent, read_params(path.parent)
@@ -240,7 +240,7 @@ def computation_id(
     settings: dict,  # from `settings_for`
     seed: int,  # of the run
 ) -> str:  # 16 hex digits
-    "Identifies a computation, whichever row asks for it."
+    "Hash that identifies a computation, independent of the row."
     return sha256(json.dumps([settings, seed, version("dml_nb")], sort_keys=True).encode()).hexdigest()[:16]
 
 

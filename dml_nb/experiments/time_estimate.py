@@ -68,7 +68,7 @@ def measure_epoch(
         value = loss(model(x.to(device)), y.to(device))
         value.backward()
         optimizer.step()
-        value.item()  # waits until a GPU has finished
+        value.item()  # wait until a GPU has finished
 
     @torch.inference_mode()
     def embed(x):

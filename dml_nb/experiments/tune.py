@@ -64,7 +64,7 @@ def search_settings(
 def search_rule(
     loss: str,  # name of a loss
 ) -> tuple[str, list, list]:  # parameter; its values; learning rates, of which the first is tried with all values
-    "What is tried for a loss."
+    "The parameter, its values and the learning rates that are tried for a loss."
     rule = load_recipes()["search"]
     if loss not in rule["parameters"]:
         raise unknown("loss with a search in recipes.json", loss, rule["parameters"])

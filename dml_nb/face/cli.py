@@ -180,7 +180,7 @@ def run(
     retries: Annotated[
         int, typer.Option(help="Number of times a run is repeated if its process is killed.", min=0)
     ] = 1,
-    measure: Annotated[bool, typer.Option(help="Train a few batches first to estimate time and memory.")] = False,
+    measure: Annotated[bool, typer.Option(help="Train a few batches first to estimate the time.")] = False,
     out: Out = Path("runs"),
 ):
     "Run rows as notebooks. Finished runs are skipped, interrupted runs are resumed."

@@ -31,7 +31,7 @@ def shard_loader(
     rank: int | None = None,  # which process; None: this one
     world: int | None = None,  # number of processes; None: all
 ) -> tuple[DataLoader, Tensor]:  # loader of the share, ids (n,) of its items
-    "Loader of one process's share of a data set; all shares are equally long, the last ones repeat the first items."
+    "Loader of one process's share of a data set; all shares have the same length, because the last ones repeat items."
     sampler = DistributedSampler(range(len(dataset)), world, rank, shuffle=False)
     loader = eval_loader(dataset, workers=workers, sampler=BatchSampler(sampler, batch_size, False))
     return loader, torch.tensor(list(sampler))
@@ -102,7 +102,7 @@ class RetrievalMetrics(Callback):
 def before_validate(self: RetrievalMetrics):
     self.is_due, self.training_ended = False, perf_counter()
     if not self.losses:
-        return  # `get_preds` or `validate` called by hand: no training epoch went before
+        return  # the user called `get_preds` or `validate`, so there was no training epoch
     self.is_due = self.epoch % self.every == 0 or self.epoch == self.n_epoch - 1
     if not self.is_due:
         raise CancelValidException
