@@ -65,7 +65,7 @@ def enqueue(
 @torch.no_grad()
 def update_mean(
     self: ClassQueues,
-    class_B: Tensor,  # (B,) sorted class ids; repeated ids do no harm
+    class_B: Tensor,  # (B,) sorted ids of classes with a filled queue; repeated ids do no harm
 ):
     "Take the means of these classes from their stored embeddings."
     if class_B.is_cpu:  # saves the repetitions; on a GPU, the number of classes would have to be read back
@@ -73,4 +73,4 @@ def update_mean(
     m = self.capacity
     row_Bm = class_B[:, None] * m + torch.arange(m, device=class_B.device)  # of the queues, flattened to (C*m, D)
     sum_BD = embedding_bag(row_Bm, self.queue.flatten(0, 1), mode="sum")
-    self.mean[class_B] = sum_BD.to(self.mean.dtype) / self.count[class_B].clamp_min(1)[:, None]
+    self.mean[class_B] = sum_BD.to(self.mean.dtype) / self.count[class_B, None]

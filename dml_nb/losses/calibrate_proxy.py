@@ -34,8 +34,8 @@ def calibration_loss(
     filled_C: Tensor,  # (C,) boolean: the class has a queue entry
 ) -> Tensor:  # scalar
     "L_c: squared distance of proxies and queue entries, averaged within a class, summed over classes (CP Eq. 4)."
-    cosine_C = (w_CKD * mean_CD[:, None]).sum((1, 2)) / w_CKD.shape[1]  # mean over the K proxies
-    return ((2 - 2 * cosine_C) * filled_C).sum()
+    K = w_CKD.shape[1]
+    return 2 * filled_C.sum() - 2 / K * (w_CKD * mean_CD[:, None]).sum()
 
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #4c43a511
 CENTERS = ("raw", "centred")  # readings of the global centre in S_g
