@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLAIMED_BLOCK', 'OWN_BLOCK', 'RANK_COLUMN', 'INDEX_LEVELS', 'VALUES_NOTE', 'TESTS_NOTE', 'AGREEMENT_NOTE',
-           'means_over_seeds', 'summarise', 'claimed_setting', 'side_by_side', 'describe_runs', 'agreement_text',
-           'agreement_table', 'ReportSection', 'tests_table', 'report_sections']
+           'means_over_seeds', 'collapse_text', 'summarise', 'claimed_setting', 'side_by_side', 'describe_runs',
+           'agreement_text', 'agreement_table', 'ReportSection', 'tests_table', 'report_sections']
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #67f35bd8
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .results import EXPERIMENT, claimed_metrics, computation_hash, results_by_section, runs_frame
+from .run_store import COLLAPSED, SPACE_METRICS
 from dml_nb.experiments.statistics import (
     MIN_METHODS,
     format_interval,
@@ -52,7 +53,7 @@ def means_over_seeds(
     keys = [*EXPERIMENT, "epoch", "metric"]
     groups = runs_frame(results).groupby(keys, sort=False)
     table = pd.DataFrame([dict(zip(keys, key)) | _experiment_line(group) for key, group in groups])
-    ranked = table[(table.changed == "") & ~table.metric.str.startswith("deviation")]
+    ranked = table[(table.changed == "") & ~table.metric.isin(SPACE_METRICS)]
     ranked = ranked.assign(claimed=pd.to_numeric(ranked.claimed, errors="coerce"))
     ranked = ranked.groupby(["section", "where", "epoch", "metric"])
     for name, column in (("rank", "mean"), ("claimed_rank", "claimed")):
@@ -73,6 +74,14 @@ def _summary_cells(cells: pd.DataFrame, metric: str, same_data: bool) -> dict:
     }
 
 
+def collapse_text(
+    group: pd.DataFrame,  # lines of one experiment, from `means_over_seeds`
+) -> str:  # "cosine between classes 0.97"; "" if it is not above `COLLAPSED`, or unknown
+    "A warning if the embeddings of the last epoch have collapsed onto one direction."
+    cosine = group["mean"][(group.metric == "between-class cosine") & (group.epoch == "last")]
+    return f"cosine between classes {cosine.iloc[0]:.2f}" if (cosine > COLLAPSED).any() else ""
+
+
 def summarise(
     results: list[dict],  # from `load_results`
     metrics: tuple[str, ...] = ("R@1", "MAP@R"),  # what to show
@@ -83,11 +92,13 @@ def summarise(
         first, cells = group.iloc[0], group.set_index(["epoch", "metric"])
         setting = f"{first['where']}, {first.training}"
         line = dict(table=first.table, method=first.method, setting=setting, changed=first.changed, seeds=first.n)
+        line |= {"collapsed": collapse_text(group)}
         same_data = first["where"].startswith(f"{row_of(first.row).dataset},")
         for metric in metrics:
             line |= _summary_cells(cells, metric, same_data)
         lines.append(line)
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(lines)
+    return table if (table.collapsed != "").any() else table.drop(columns="collapsed")
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #e406f41a
 def claimed_setting(
@@ -107,9 +118,13 @@ RANK_COLUMN = "rank (claimed)"
 INDEX_LEVELS = ["section", "method", "claimed setting", "changed"]
 
 
+def _block(own_setting: bool, where: str) -> str:
+    return OWN_BLOCK if own_setting else f"other setting: {where}"
+
+
 def _cells(line, lead: str) -> dict:  # (block, column) -> text
     "The cells that a line of `means_over_seeds` fills; methods are ranked by the metric `lead`."
-    block = OWN_BLOCK if line.own_setting else f"other setting: {line.where}"
+    block = _block(line.own_setting, line.where)
     cells = {
         (CLAIMED_BLOCK, line.metric): line.claimed,
         (block, "seeds"): str(line.n),
@@ -128,7 +143,7 @@ def _cells(line, lead: str) -> dict:  # (block, column) -> text
 def _ordered_columns(columns, metrics: tuple[str, ...]) -> list[tuple[str, str]]:
     "Claimed values first, then the table's own setting, then the other settings."
     blocks = sorted({block for block, _ in columns} - {CLAIMED_BLOCK}, key=lambda b: (b != OWN_BLOCK, b))
-    inner = ["seeds", RANK_COLUMN, *(f"{m} {e}" for m in metrics for e in ("best", "last", "difference"))]
+    inner = ["seeds", RANK_COLUMN, *(f"{m} {e}" for m in metrics for e in ("best", "last", "difference")), "collapsed"]
     return [*((CLAIMED_BLOCK, m) for m in metrics), *((block, what) for block in blocks for what in inner)]
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #59b501da
@@ -144,9 +159,12 @@ def side_by_side(
         table = table[table.row.isin(table.row[table.variant != ""]) if variants else table.variant == ""]
     if table.empty:
         return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=INDEX_LEVELS))
-    for line in table[table.metric.isin(metrics)].itertuples():
-        key = line.section, line.method, claimed_setting(line.row), line.changed
-        lines.setdefault(key, {}).update(_cells(line, metrics[0]))
+    for _, group in table.groupby(EXPERIMENT, sort=False):
+        first = group.iloc[0]
+        cells = lines.setdefault((first.section, first.method, claimed_setting(first.row), first.changed), {})
+        for line in group[group.metric.isin(metrics)].itertuples():
+            cells |= _cells(line, metrics[0])
+        cells[_block(first.own_setting, first["where"]), "collapsed"] = collapse_text(group)
     frame = pd.DataFrame.from_dict(lines, orient="index").fillna("")
     frame.index = pd.MultiIndex.from_tuples(lines, names=INDEX_LEVELS)
     columns = [c for c in _ordered_columns(frame, metrics) if c in frame and (frame[c] != "").any()]

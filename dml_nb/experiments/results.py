@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from ..core.checks import unknown
 from .recipes import flat_settings, settings_for
-from .run_store import read_result
+from .run_store import SPACE_METRICS, read_result
 from .tables import find_table, load_recipes, row_of, stored_loss_defaults
 
 # %% ../../nbs/70_experiments/12_results.ipynb #8a83b027
@@ -239,7 +239,7 @@ def runs_frame(
         for epoch in ("best", "last"):
             for m, value in r[epoch].items():
                 if m != "epoch":
-                    value = value if m.startswith("deviation") else 100 * value
+                    value = value if m in SPACE_METRICS else 100 * value
                     lines.append(columns | dict(epoch=epoch, metric=m, value=value, claimed=r["claimed"].get(m, "")))
     frame = pd.DataFrame(lines)
     _separate_versions(frame)

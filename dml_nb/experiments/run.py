@@ -30,7 +30,7 @@ from ..data import load_dataset
 from ..data.image_sets import ImageSet, RetrievalData
 from ..data.label_noise import read_noise_list, symmetric_noise, with_noise
 from .recipes import flat_settings, is_table_setting, noise_rate
-from .run_store import stage_result
+from .run_store import SPACE_METRICS, stage_result
 from .tables import row_of
 from ..losses import create_loss
 from ..models import create_embedder
@@ -220,8 +220,7 @@ def peak_memory_mb() -> float:  # in MiB
 
 # %% ../../nbs/70_experiments/05_run.ipynb #fe5ad069
 def _metrics(history: pd.DataFrame, line: int) -> dict:  # "epoch" and the metrics of that line
-    others = ("MAP@R", "R-precision", "deviation", "deviation_pairwise")
-    names = [name for name in history if name.startswith("R@") or name in others]
+    names = [name for name in history if name.startswith("R@") or name in ("MAP@R", "R-precision", *SPACE_METRICS)]
     return {"epoch": int(history.epoch[line])} | {name: float(history[name][line]) for name in names}
 
 
@@ -233,13 +232,14 @@ def result(
     "Metrics of the best and the last epoch, the claimed values, and the conditions of the measurement."
     train, evaluate = float(history.train_seconds.sum()), float(history.eval_seconds.sum())
     seconds = self.seconds | dict(train=train, evaluate=evaluate, notebook=perf_counter() - self.started)
+    acts = history.epoch >= self.settings["params"].get("start_epoch", 0)
     return dict(
         row=self.row.id,
         method=self.row.method,
         table=self.row.table,
         seed=self.seed,
         settings=self.settings,
-        best=_metrics(history, history[f"R@{self.settings['recall_at'][0]}"].idxmax()),
+        best=_metrics(history, history[f"R@{self.settings['recall_at'][0]}"][acts].idxmax()),
         last=_metrics(history, len(history) - 1),
         claimed=self.row.claimed,
         own_setting=is_table_setting(self.row, self.settings),
@@ -271,7 +271,7 @@ def compare(
     ours = f"{s['dataset']}, {s['backbone']}, {s['regime']}"
     if not result["own_setting"]:
         ours += ": another setting, not comparable"
-    metrics = [name for name in result["best"] if name not in ("epoch", "deviation", "deviation_pairwise")]
+    metrics = [name for name in result["best"] if name not in ("epoch", *SPACE_METRICS)]
     columns = {(paper, "claimed"): [result["claimed"].get(name, "") for name in metrics]}
     for which in ("best", "last"):
         values = [f"{100 * result[which][name]:.1f}" for name in metrics]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_labels, unknown
-from .clustering import class_distances, cluster_agreement, spectrum
+from .clustering import between_class_cosine, class_distances, cluster_agreement, spectrum
 from .exact_scores import as_embeddings, offsets_to_rows, split_by_size
 from .ranker import RankedLists, Ranker
 from .ties import sort_rows
@@ -284,7 +284,7 @@ def _reported(values: dict, R: Tensor, recall_at, mrr: bool) -> dict[str, Tensor
     return recall | {name: value.masked_fill(R == 0, torch.nan).double() for name, value in others.items()}
 
 # %% ../../nbs/50_retrieval/07_metrics.ipynb #cfd3bb35
-EXTRA_METRICS = ("MRR", "AMI", "distances", "spectrum")
+EXTRA_METRICS = ("MRR", "AMI", "distances", "spectrum", "between-class cosine")
 
 
 def evaluate(
@@ -296,7 +296,7 @@ def evaluate(
     ties: str = "optimistic",  # a tie counts for the positive ("optimistic") or against it ("pessimistic")
     with_nmi: bool = True,  # also cluster the queries; the slowest part on large sets
     memory_mb: float = 256.0,  # budget of working memory for ranking, beside the rounded gallery
-    extra: tuple[str, ...] = (),  # any of "MRR", "AMI", "distances" (see `class_distances`) and "spectrum"
+    extra: tuple[str, ...] = (),  # any of `EXTRA_METRICS`
     seed: int = 0,  # of k-means
     kmeans_backend: str = "auto",  # of NMI and AMI: "faiss", "sklearn" or "auto", see `default_kmeans_backend`
     progress: bool = True,  # show a progress bar if ranking takes more than a few seconds
@@ -335,4 +335,6 @@ def _whole_set_metrics(x: Tensor, y: Tensor, names: tuple[str, ...], seed: int, 
         values |= class_distances(x, y)
     if "spectrum" in names:
         values |= spectrum(x)
+    if "between-class cosine" in names:
+        values["between-class cosine"] = between_class_cosine(x, y)
     return values

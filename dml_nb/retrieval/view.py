@@ -52,12 +52,13 @@ def plot_retrieval(
 
 # %% ../../nbs/50_retrieval/12_view.ipynb #39cf3cca
 def plot_history(
-    history: pd.DataFrame,  # a line for each epoch: "epoch", "train_loss", "R@1", "MAP@R", perhaps "deviation"
+    history: pd.DataFrame,  # a line for each epoch, from `RetrievalMetrics`: "epoch", "train_loss", "R@1", "MAP@R", ...
     start_epoch: int | None = None,  # epoch at which a schedule changes the loss, marked by a vertical line
-) -> Figure:  # loss, retrieval metrics, and deviation if there is one
-    "Learning curves: loss, Recall@1 and MAP@R, and the distance between proxies and class centres (CP Eq. 10)."
-    panels = [["train_loss"], ["R@1", "MAP@R"]] + ([["deviation"]] if "deviation" in history else [])
-    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 2.8))
+) -> Figure:  # loss, retrieval metrics, and those of "deviation", "between-class cosine", "effective rank" that exist
+    "Learning curves: loss, Recall@1 and MAP@R, distance of proxies and class centres (CP Eq. 10), collapse."
+    optional = [[name] for name in ("deviation", "between-class cosine", "effective rank") if name in history]
+    panels = [["train_loss"], ["R@1", "MAP@R"], *optional]
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.8))
     for ax, names in zip(axes, panels):
         for name in names:
             sns.lineplot(history, x="epoch", y=name, ax=ax, label=name, marker="o", markersize=3)

@@ -84,7 +84,8 @@ class RetrievalMetrics(Callback):
     def metric_names(self) -> list[str]:  # columns of the log after "train_loss"
         "Names of the logged metrics."
         recalls = [f"R@{K}" for K in self.recall_at]
-        return recalls + ["MAP@R", "R-precision"] + (["deviation"] if hasattr(self.loss_func, "proxies") else [])
+        deviation = ["deviation"] if hasattr(self.loss_func, "proxies") else []
+        return recalls + ["MAP@R", "R-precision", *deviation, "between-class cosine", "effective rank"]
 
     def before_fit(self):
         self.recorder.valid_metrics = False
@@ -151,7 +152,11 @@ def compute_metrics(self: RetrievalMetrics) -> dict[str, float]:  # the same in 
     if world_size() == 1 or dist.get_rank() == 0:
         show_progress = hasattr(self.learn, "progress")
         metrics = evaluate(
-            *self.queries_and_gallery(), recall_at=self.recall_at, with_nmi=False, progress=show_progress
+            *self.queries_and_gallery(),
+            recall_at=self.recall_at,
+            with_nmi=False,
+            extra=("between-class cosine", "spectrum"),
+            progress=show_progress,
         )
         if train_embeddings is not None:
             proxies = self.loss_func.proxies.detach().float().cpu()
@@ -185,6 +190,8 @@ def queries_and_gallery(
 def best(
     self: RetrievalMetrics,
 ) -> dict:  # the entry of `history` with the highest Recall@K for the first K; the earliest of several
-    "The best epoch by the first entry of `recall_at`, usually Recall@1."
-    name = f"R@{self.recall_at[0]}"
-    return max((entry for entry in self.history if name in entry), key=lambda entry: entry[name])
+    "The best epoch by the first entry of `recall_at`, usually Recall@1, from the start epoch of the loss on."
+    name, start = f"R@{self.recall_at[0]}", getattr(self.loss_func, "start_epoch", 0)
+    evaluated = [entry for entry in self.history if name in entry]
+    acting = [entry for entry in evaluated if entry["epoch"] >= start]
+    return max(acting or evaluated, key=lambda entry: entry[name])
