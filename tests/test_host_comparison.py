@@ -1,0 +1,51 @@
+"""CP and its hosts differ in CP alone: the host as CP with both parts switched off, and the stored comparison."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dml_nb.experiments.results import load_results, settings_with_defaults
+from dml_nb.losses import create_loss
+
+RUNS = Path(__file__).parents[1] / "runs/host_comparison"
+OFF = dict(center_weight=0.0, calib_lambda=0.0, start_epoch=0)
+HOSTS = [  # CP with both parts off, and the host that it must equal
+    ("cp_proxy_anchor", dict(proxies_per_class=1), "proxy_anchor", dict(proxies_per_class=1)),
+    ("cp_proxy_anchor", dict(proxies_per_class=3), "proxy_anchor", dict(proxies_per_class=3)),
+    ("cp_proxy_nca", dict(proxies_per_class=1), "proxy_nca", dict(smoothing=0.0, include_positive=False)),
+    ("cp_softtriple", dict(proxies_per_class=3), "softtriple", dict(proxies_per_class=3)),
+]
+
+
+@pytest.mark.parametrize("cp, cp_params, host, host_params", HOSTS)
+def test_without_its_parts_cp_is_its_host(cp, cp_params, host, host_params):
+    "Same value and same gradients, also with filled queues, if weight of the centre and λ are 0."
+    torch.manual_seed(0)
+    loss = create_loss(cp, num_classes=10, embedding_size=16, **cp_params, **OFF)
+    plain = create_loss(host, num_classes=10, embedding_size=16, **host_params)
+    with torch.no_grad():
+        plain.proxies.copy_(loss.proxies.view_as(plain.proxies))
+    z, y = torch.randn(40, 16), torch.arange(40) % 10
+    loss.set_epoch(3)
+    loss.remember(z, y)
+    values = []
+    for each in (loss, plain):
+        x = z.clone().requires_grad_()
+        value = each(x, y)
+        value.backward()
+        values.append((value.detach(), x.grad, each.proxies.grad.flatten()))
+    for ours, theirs in zip(*values):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not RUNS.is_dir(), reason="runs/host_comparison is not part of this checkout")
+def test_the_stored_comparison_varies_cp_alone():
+    varied, families = {"center_weight", "calib_lambda", "center"}, {}
+    for result in load_results(RUNS):
+        settings = settings_with_defaults(result["settings"])
+        key = settings["loss"], settings["proxies_per_class"], settings["noise"]
+        families.setdefault(key, []).append(({k: v for k, v in settings.items() if k not in varied}, result["seed"]))
+    assert families
+    for key, runs in families.items():
+        assert all(settings == runs[0][0] for settings, _ in runs), key
