@@ -27,6 +27,11 @@ REFUSED = [
     ("cp_softtriple", dict(margin=-1.0), "margin must be at least 0"),
     ("cp_softtriple", dict(proxies_per_class=1, tau=0.5), "tau=0.5 has no effect with one proxy"),
     ("cp_norm_softmax", dict(temperature=0.0), "temperature must be at least"),
+    ("cp_norm_softmax", dict(center="centred"), "no effect under the host 'norm_softmax'"),
+    ("cp_proxy_nca", dict(center="centred", include_positive=True), "no effect under the host 'proxy_nca'"),
+    ("cp_softtriple", dict(center="centred"), "no effect under the host 'softtriple'"),
+    ("cp_softtriple", dict(center="centered"), "did you mean 'centred'"),
+    ("cp_cosface", dict(center="centred"), "no effect under the host 'cosface'"),
     ("cp_cosface", dict(calib_lamda=1.0), "did you mean 'calib_lambda'"),
 ]
 

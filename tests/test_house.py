@@ -58,7 +58,20 @@ def public_names(module: str) -> dict[str, str]:
                 found[node.name] = type(node).__name__
         elif isinstance(node, ast.Assign):
             found |= {target.id: "constant" for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = "constant"
     return {name: kind for name, kind in found.items() if not name.startswith("_")}
+
+
+def public_functions(module: str) -> dict[str, ast.FunctionDef]:
+    "Functions, and methods of classes, without a leading underscore."
+    found = {}
+    for node in ast.parse(SOURCE[module]).body:
+        owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(function, ast.FunctionDef):
+                found[f"{owner}{function.name}:{function.lineno}"] = function
+    return {name: node for name, node in found.items() if not name.startswith("_") and "._" not in name}
 
 
 def test_floors_and_notebooks_are_numbered_by_two_digits():
@@ -111,6 +124,17 @@ def test_no_name_hides_a_module():
 def test_modules_fit_into_one_reading():
     long = {module: len(text.splitlines()) for module, text in SOURCE.items() if len(text.splitlines()) > 350}
     assert long == {}
+
+
+@pytest.mark.parametrize("module", [module for module in EXPORTING if module.split(".")[0] in ("core", "losses")])
+def test_every_parameter_has_a_line_and_a_comment_of_its_own(module):
+    lines = SOURCE[module].splitlines()
+    for name, function in public_functions(module).items():
+        given = [each for each in [*function.args.args, *function.args.kwonlyargs] if each.arg not in ("self", "cls")]
+        starts = [each.lineno for each in given]
+        assert len(set(starts)) == len(starts), f"{module}.{name} has two parameters in one line"
+        for each in given:
+            assert "#" in lines[each.end_lineno - 1], f"{module}.{name}: {each.arg} has no comment"
 
 
 def test_the_package_needs_no_nbdev():

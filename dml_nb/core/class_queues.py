@@ -23,12 +23,11 @@ class ClassQueues(nn.Module):
         num_classes: int,  # C
         embedding_size: int,  # D
         capacity: int = 30,  # m, embeddings kept for each class (CP keeps 3,000 in all for the 100 classes of CUB)
-        dtype: torch.dtype = torch.float32,  # of the stored embeddings; half precision halves the memory
     ):
         super().__init__()
         check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1), capacity=(capacity, 1))
         self.capacity = capacity
-        self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size, dtype=dtype))
+        self.register_buffer("queue", torch.zeros(num_classes, capacity, embedding_size))
         self.register_buffer("pushed", torch.zeros(num_classes, dtype=torch.long))
         self.register_buffer("mean", torch.zeros(num_classes, embedding_size))
 
@@ -73,4 +72,4 @@ def update_mean(
     m = self.capacity
     row_Bm = class_B[:, None] * m + torch.arange(m, device=class_B.device)  # of the queues, flattened to (C*m, D)
     sum_BD = embedding_bag(row_Bm, self.queue.flatten(0, 1), mode="sum")
-    self.mean[class_B] = sum_BD.to(self.mean.dtype) / self.count[class_B, None]
+    self.mean[class_B] = sum_BD / self.count[class_B, None]

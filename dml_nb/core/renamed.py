@@ -63,7 +63,12 @@ class _OldModule(Loader):
 class OldNames(MetaPathFinder):
     "Finds modules that are gone, and adds old names to modules that still exist."
 
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(
+        self,
+        fullname: str,  # module to import, such as `dml_nb.losses.families`
+        path=None,  # folders in which the package of the module has its modules
+        target=None,  # module to load again; not used
+    ) -> ModuleSpec | None:  # None: not an old name
         module = fullname.removeprefix("dml_nb.")
         if module == fullname or module not in {*MODULES, *(name.rpartition(".")[0] for name in NAMES)}:
             return None

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CLAIMED_BLOCK', 'OWN_BLOCK', 'RANK_COLUMN', 'INDEX_LEVELS', 'VALUES_NOTE', 'TESTS_NOTE', 'AGREEMENT_NOTE',
            'means_over_seeds', 'collapse_text', 'summarise', 'claimed_setting', 'side_by_side', 'describe_runs',
-           'agreement_text', 'agreement_table', 'ReportSection', 'tests_table', 'report_sections']
+           'untrained_sentences', 'agreement_text', 'agreement_table', 'ReportSection', 'tests_table',
+           'report_sections']
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #67f35bd8
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .results import EXPERIMENT, claimed_metrics, computation_hash, results_by_section, runs_frame
+from dml_nb.experiments.results import (
+    EXPERIMENT,
+    claimed_metrics,
+    computation_hash,
+    results_by_section,
+    runs_frame,
+    untrained_metrics,
+)
 from .run_store import COLLAPSED, SPACE_METRICS
 from dml_nb.experiments.statistics import (
     MIN_METHODS,
@@ -204,7 +212,7 @@ def _count(n: int, what: str) -> str:  # "2 runs"
 
 def describe_runs(
     results: list[dict],  # from `load_results`
-) -> str:  # four sentences
+) -> str:  # some sentences
     "The runs, versions, commits and data that a report is based on."
     runs = len({computation_hash(r) for r in results})
     commits = {r["environment"].get("commit", "") for r in results}
@@ -218,7 +226,19 @@ def describe_runs(
         "(rows that ask for the same computation share a run). "
         f"dml_nb {versions}; {_count(len(commits), 'commit')}, {dirty} of them with uncommitted changes; "
         f"{_count(mixed, 'line')} with seeds of more than one commit. Data: {', '.join(sorted(data))}."
+        + "".join(f" {sentence}" for sentence in untrained_sentences(results))
     )
+
+
+def untrained_sentences(
+    results: list[dict],  # from `load_results`
+) -> list[str]:  # one for each data set and backbone that was measured
+    "What the backbones reach before any training."
+    return [
+        f"Before training, the pooled features reach {100 * m['R@1']:.1f} (R@1) and {100 * m['MAP@R']:.1f} (MAP@R) "
+        f"on {place}."
+        for place, m in untrained_metrics(results).items()
+    ]
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #d32cdaca
 def _p_text(p: float) -> str:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'load_results', 'settings_with_defaults', 'setting_value', 'changed_settings', 'settings_text',
            'central_settings', 'changes_from_recipe', 'setting_name', 'common_method_name', 'section_name',
-           'results_by_section', 'claimed_metrics', 'computation_hash', 'runs_frame', 'load_histories']
+           'results_by_section', 'claimed_metrics', 'computation_hash', 'runs_frame', 'untrained_metrics',
+           'load_histories']
 
 # %% ../../nbs/70_experiments/12_results.ipynb #42dbaaa4
 import json
@@ -18,7 +19,7 @@ from packaging.version import Version
 
 from ..core.checks import unknown
 from .recipes import flat_settings, settings_for
-from .run_store import SPACE_METRICS, read_result
+from .run_store import SPACE_METRICS, read_result, untrained_file
 from .tables import find_table, load_recipes, row_of, stored_loss_defaults
 
 # %% ../../nbs/70_experiments/12_results.ipynb #8a83b027
@@ -246,6 +247,19 @@ def runs_frame(
     frame = frame.assign(changed=[_changed(*key) for key in zip(frame.row, frame.noise, frame.variant)])
     frame = frame.sort_values("folder", key=lambda f: f.str.len(), kind="stable")
     return frame.drop_duplicates([*EXPERIMENT, "seed", "epoch", "metric"]).sort_index()
+
+# %% ../../nbs/70_experiments/12_results.ipynb #1b4d2002
+def untrained_metrics(
+    results: list[dict],  # from `load_results`
+) -> dict[str, dict]:  # "cub, efficientnet_lite0" -> metrics of the pooled features, where they were measured
+    "The metrics of the backbones of these runs before any training."
+    found = {}
+    for r in results:
+        s, out = r["settings"], Path(r["folder"]).parents[3]
+        if "pool" in s and untrained_file(out, s).exists():
+            stored = json.loads(untrained_file(out, s).read_text(encoding="utf-8"))
+            found[f"{Path(s['dataset']).name}, {s['backbone']}"] = stored["metrics"]
+    return found
 
 # %% ../../nbs/70_experiments/12_results.ipynb #e16d0261
 def load_histories(

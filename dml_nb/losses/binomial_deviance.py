@@ -59,7 +59,12 @@ class BinomialDevianceLoss(SlackPairLoss):
         check_at_least(alpha=(self.alpha, 1e-4), beta=(beta, 1e-4), margin=(margin, -1))
         self.weights = (2 / self.beta, 2 / self.alpha) if hard_mining else (1.0, 1.0)
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Both means of each anchor, averaged or summed over the anchors."
         pos_BN, neg_BN = self.complete_anchors(pos_BN, neg_BN)
         options = self.alpha, self.beta, self.margin, self.weights

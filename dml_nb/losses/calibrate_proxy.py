@@ -35,7 +35,7 @@ def calibration_loss(
 ) -> Tensor:  # scalar
     "L_c: squared distance of proxies and queue entries, averaged within a class, summed over classes (CP Eq. 4)."
     K = w_CKD.shape[1]
-    return 2 * filled_C.sum() - 2 / K * (w_CKD * mean_CD[:, None]).sum()
+    return 2 * filled_C.sum() - 2 / K * (w_CKD.sum(1) * mean_CD).sum()
 
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #4c43a511
 CENTERS = ("raw", "centred")  # readings of the global centre in S_g
@@ -113,7 +113,8 @@ def compute(
     if self.epoch < self.start_epoch:
         loss = self.host(proxy_similarity(z_BD, w_CKD, self.proxy_temp), labels)
     else:
-        loss = self.host(self.similarity(z_BD, w_CKD), labels) + self.calib_lambda * self.calibration(w_CKD, labels)
+        L_c = self.calibration(w_CKD, labels)  # before the host: autograd then adds its gradient in place
+        loss = self.host(self.similarity(z_BD, w_CKD), labels) + self.calib_lambda * L_c
     return loss + self.regulariser(self.proxies.to(embeddings.dtype)) if self.regulariser else loss
 
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #ed589c6d

@@ -153,7 +153,12 @@ def from_similarities(
 
 # %% ../../nbs/40_losses/09_cbml.ipynb #c0b9d7c3
 @patch
-def pairs(self: CBMLLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def pairs(
+    self: CBMLLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "Posterior cost of the mined pairs plus the variance of all negatives, for the anchors that are not skipped."
     u_B, v_B = log_odds(sim_BN, pos_BN, neg_BN, *self.posterior)
     cost_B = posterior_cost(u_B, self.kind, self.omega_p) + posterior_cost(v_B, self.kind, self.omega_n)

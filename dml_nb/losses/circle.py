@@ -55,7 +55,12 @@ class CircleLoss(PairLoss):
 
 # %% ../../nbs/40_losses/08_circle.ipynb #c97567dc
 @patch
-def pairs(self: CircleLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def pairs(
+    self: CircleLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "Mean over the anchors above 0, or one softplus for the batch."
     if self.scope == "batch":
         if self.in_batch and len(sim_BN) == sim_BN.shape[1]:

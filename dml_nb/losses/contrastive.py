@@ -130,6 +130,11 @@ class ContrastiveLoss(PairLoss):
             if key != "negatives":
                 check_at_least(**{key: (value, -1)})
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "The formula of the variant."
         return attach_gradient(sim_BN, *_VARIANTS[self.variant](sim_BN, pos_BN, neg_BN, **self.options))

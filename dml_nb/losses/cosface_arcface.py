@@ -54,7 +54,11 @@ class CosFaceLoss(ProxyLoss):
         check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         self.margin, self.scale = margin, scale
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Cosines, then the softmax with margin."
         return cosface_loss(self.similarity(embeddings), labels, self.margin, self.scale)
 
@@ -101,6 +105,10 @@ class ArcFaceLoss(ProxyLoss):
             )
         self.margin, self.scale = margin, scale
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Cosines, then the softmax with the own angle enlarged."
         return arcface_loss(self.similarity(embeddings), labels, self.margin, self.scale)

@@ -19,7 +19,7 @@ from ..core.class_queues import ClassQueues
 from .base import register
 from .calibrate_proxy import CalibrateProxyLoss
 from .proxy_anchor import proxy_anchor_loss
-from .proxy_hosts import host_loss
+from .proxy_hosts import CP_HOST_DEFAULTS, host_loss
 
 # %% ../../nbs/40_losses/32_cp_readings.ipynb #3c100009
 READINGS = dict(
@@ -118,8 +118,8 @@ def calibration(
 def build_cp_reading(
     num_classes: int,  # C
     embedding_size: int,  # D
-    alpha: float = 32.0,  # sharpness of Proxy Anchor
-    delta: float = 0.1,  # margin of Proxy Anchor
+    alpha: float = CP_HOST_DEFAULTS["proxy_anchor"]["alpha"],  # sharpness of Proxy Anchor
+    delta: float = CP_HOST_DEFAULTS["proxy_anchor"]["delta"],  # margin of Proxy Anchor
     **kwargs,  # readings, and options of `CalibrateProxyLoss`
 ) -> CPReading:
     "Another reading of CP around Proxy Anchor."

@@ -35,7 +35,12 @@ class EasyPositiveLoss(PairLoss):
             raise unknown("negative", negative, _NEGATIVES)
         self.sigma, self.negative = sigma, negative
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Choose the two pairs of each anchor, then a softmax over the two."
         if not sim_BN.numel():
             return sim_BN.sum()

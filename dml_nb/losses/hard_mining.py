@@ -26,7 +26,12 @@ class HardMiningLoss(SlackPairLoss):
             check_slack(True, miner, slack=slack)
         super().__init__(slack, miner, self_eps)
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Mean of 1 - s over positives plus mean of s over negatives, averaged over anchors."
         pos_BN, neg_BN = self.complete_anchors(pos_BN, neg_BN)
         pull_BN, push_BN = mean_weights(pos_BN, sim_BN, 1), mean_weights(neg_BN, sim_BN, 1)

@@ -117,7 +117,10 @@ def form_groups(self: HPLLoss):
 
 # %% ../../nbs/40_losses/40_hierarchical_proxy.ipynb #04da9496
 @patch
-def set_epoch(self: HPLLoss, epoch: int):  # 0-based
+def set_epoch(
+    self: HPLLoss,
+    epoch: int,  # 0-based
+):
     "Set the epoch and form the groups when they are due."
     self.epoch = epoch
     up_to_date = 0 <= epoch - int(self.grouping_epoch) < self.update_every

@@ -53,7 +53,12 @@ class HistogramLoss(PairLoss):
 
 # %% ../../nbs/40_losses/18_histogram.ipynb #d2f48c36
 @patch
-def pairs(self: HistogramLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def pairs(
+    self: HistogramLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "Reverse probability of the two histograms; 0 unless there are positive and negative pairs."
     if self.in_batch and len(sim_BN) == sim_BN.shape[1]:
         pos_BN, neg_BN = pos_BN | pos_BN.T, neg_BN | neg_BN.T

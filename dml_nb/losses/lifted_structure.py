@@ -56,12 +56,21 @@ class LiftedStructureLoss(PairLoss):
         check_at_least(alpha=(alpha, -torch.inf))
         self.alpha, self.normalised = alpha, normalize
 
-    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor:  # (B, B)
+    def similarity(
+        self,
+        embeddings: Tensor,  # (B, D)
+        refs: Tensor,  # (N, D) references
+    ) -> Tensor:  # (B, B)
         "1 - distance, within the batch."
         return 1 - raw_distances(unit(embeddings) if self.normalised else embeddings)
 
     def compute(
-        self, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+        indices_tuple: tuple[Tensor, ...] | None = None,  # mined pairs or triplets
+        ref_emb: Tensor | None = None,  # (N, D) references that replace the batch
+        ref_labels: Tensor | None = None,  # (N,) their labels
     ) -> Tensor:  # scalar
         "As every pair loss, but within the batch only."
         if ref_emb is not None:
@@ -71,7 +80,12 @@ class LiftedStructureLoss(PairLoss):
             )
         return super().compute(embeddings, labels, indices_tuple)
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "The formula, on distances."
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         return lifted_structure_loss(1 - sim_BN, pos_BN, neg_BN, self.alpha)
@@ -97,7 +111,12 @@ class LiftedStructureCosLoss(SlackPairLoss):
         check_at_least(alpha=(alpha, 1e-6), beta=(beta, 1e-6))
         self.alpha, self.beta = alpha, beta
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Two log-sum-exps for each anchor, averaged over all anchors."
         used_B = pos_BN.any(1) & neg_BN.any(1)
         self.active = used_B.sum()

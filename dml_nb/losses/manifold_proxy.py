@@ -100,7 +100,10 @@ def reassign(self: ManifoldProxyLoss):
 
 
 @patch
-def set_epoch(self: ManifoldProxyLoss, epoch: int):  # 0-based
+def set_epoch(
+    self: ManifoldProxyLoss,
+    epoch: int,  # 0-based
+):
     "Draw the assignment anew every `reassign_every` epochs."
     self.epoch = epoch
     if self.reassign_every and epoch and epoch % self.reassign_every == 0:

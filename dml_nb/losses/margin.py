@@ -69,7 +69,12 @@ class MarginLoss(PairLoss):
 # %% ../../nbs/40_losses/11_margin.ipynb #d217da0b
 @patch
 def compute(
-    self: MarginLoss, embeddings: Tensor, labels: Tensor, indices_tuple=None, ref_emb=None, ref_labels=None
+    self: MarginLoss,
+    embeddings: Tensor,  # (B, D)
+    labels: Tensor,  # (B,) class ids
+    indices_tuple: tuple[Tensor, ...] | None = None,  # mined pairs or triplets
+    ref_emb: Tensor | None = None,  # (N, D) references that replace the batch
+    ref_labels: Tensor | None = None,  # (N,) their labels
 ) -> Tensor:  # scalar
     "Store labels and dimension, then compute as every pair loss."
     self.anchor_labels, self.embedding_dim = labels, embeddings.shape[1]
@@ -77,7 +82,10 @@ def compute(
 
 
 @patch
-def thresholds(self: MarginLoss, sim_BN: Tensor) -> Tensor:  # (B,)
+def thresholds(
+    self: MarginLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+) -> Tensor:  # (B,)
     "β of each anchor."
     beta = self.beta.to(sim_BN.dtype) if isinstance(self.beta, Tensor) else sim_BN.new_tensor([self.beta])
     if not self.num_classes:
@@ -115,7 +123,12 @@ def triplets(
 
 # %% ../../nbs/40_losses/11_margin.ipynb #67f8be14
 @patch
-def all_triplets(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def all_triplets(
+    self: MarginLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "The loss of all triplets: each pair counts as often as it occurs in them."
     pull_BN, push_BN = margin_hinges(euclidean(sim_BN, 1e-8), self.thresholds(sim_BN)[:, None], self.margin)
     times_BN = pos_BN * neg_BN.sum(1, keepdim=True) + neg_BN * pos_BN.sum(1, keepdim=True)
@@ -125,7 +138,12 @@ def all_triplets(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tenso
 
 
 @patch
-def pairs(self: MarginLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def pairs(
+    self: MarginLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "All triplets, or one sampled negative for each positive pair."
     if self.rule == "all":
         return self.all_triplets(sim_BN, pos_BN, neg_BN)

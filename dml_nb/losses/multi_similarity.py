@@ -51,7 +51,12 @@ class MultiSimilarityLoss(SlackPairLoss):
         super().__init__(mining_eps, miner, self_eps)
         self.alpha, self.beta, self.base = alpha, beta, base
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Mean over all anchors; those without a pair add 0."
         value_B, grad_BN = multi_similarity_with_gradient(sim_BN, pos_BN, neg_BN, self.alpha, self.beta, self.base)
         return attach_gradient(sim_BN, value_B.mean(), grad_BN / len(sim_BN))

@@ -64,7 +64,12 @@ class NCALoss(PairLoss):
             check_whole(k=(k, 1))
         self.scale, self.k = scale, k
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Mean over the anchors."
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         if self.k is not None:

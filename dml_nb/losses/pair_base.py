@@ -39,12 +39,21 @@ class PairLoss(DMLLoss):
             check_at_least(self_eps=(self_eps, 0))
         self.miner, self.self_eps = miner, self_eps
 
-    def similarity(self, embeddings: Tensor, refs: Tensor) -> Tensor:  # (B, N)
+    def similarity(
+        self,
+        embeddings: Tensor,  # (B, D)
+        refs: Tensor,  # (N, D) references
+    ) -> Tensor:  # (B, N)
         "Cosine similarity; a loss on raw vectors overrides this."
         anchors = unit(embeddings)
         return gram(anchors) if refs is embeddings else anchors @ unit(refs).T
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "The formula of the loss; each subclass defines it."
         raise TypeError(f"{type(self).__name__} must define pairs(sim_BN, pos_BN, neg_BN).")
 
@@ -226,7 +235,11 @@ class SlackPairLoss(PairLoss):
         self.slack = slack
 
     def from_similarities(
-        self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor, indices: tuple[Tensor, ...] | None = None
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+        indices: tuple[Tensor, ...] | None = None,  # mined pairs or triplets
     ) -> Tensor:  # scalar
         "Apply slack mining, unless a miner or an index tuple selects the pairs."
         if self.slack is not None and self.miner is None and indices is None:

@@ -55,10 +55,10 @@ def proxy_similarity(
     C, K, D = w_CKD.shape
     if K == 1:
         return z_BD @ w_CKD[:, 0].T
-    w_SD = w_CKD.transpose(0, 1).reshape(K * C, D)
 
     def block(z_BD):
-        sim_BKC = (z_BD @ w_SD.T).unflatten(1, (K, C))
+        sim_BCK = (z_BD @ w_CKD.flatten(0, 1).T).unflatten(1, (C, K))
+        sim_BKC = sim_BCK.transpose(1, 2).contiguous()  # a softmax is slow along a short last dimension
         return (sim_BKC * (sim_BKC / temp).softmax(1)).sum(1)
 
     rows = max(1, MAX_TABLE_SIZE // (K * C))
@@ -132,7 +132,11 @@ class ProxyAnchorLoss(DMLLoss):
         proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
         self.proxies = nn.Parameter(proxies.data[:, 0]) if proxies_per_class == 1 else proxies
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Similarity to the proxies of each class, then Eq. 4."
         proxies = (self.proxies if self.proxies.ndim == 3 else self.proxies[:, None]).to(embeddings.dtype)
         return proxy_anchor_loss(

@@ -59,7 +59,11 @@ class ProxyNCALoss(ProxyLoss):
         nn.init.normal_(self.proxies, std=1 / 8)
         self.scale, self.include_positive, self.smoothing = 2 * scale_x * scale_p, include_positive, smoothing
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Cosines, then the softmax."
         return proxy_nca_loss(self.similarity(embeddings), labels, self.scale, self.include_positive, self.smoothing)
 
@@ -79,6 +83,10 @@ class ProxyNCAPlusPlusLoss(ProxyLoss):
         nn.init.normal_(self.proxies, std=1 / 8)
         self.temperature = temperature
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Cosines, then the softmax."
         return proxy_nca_loss(self.similarity(embeddings), labels, 2 / self.temperature)

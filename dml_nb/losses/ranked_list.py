@@ -86,7 +86,12 @@ def parts_with_gradient(
 
 # %% ../../nbs/40_losses/19_ranked_list.ipynb #fbd7659d
 @patch
-def pairs(self: RankedListLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def pairs(
+    self: RankedListLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "Both parts, mean over the anchors."
     dist_BN, slope_BN = distance_with_slope(sim_BN.detach())
     u_BN = (dist_BN - (self.alpha - self.margin)).relu_().masked_fill_(~pos_BN, 0)

@@ -31,7 +31,11 @@ class CrossEntropyLoss(DMLLoss):
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.classifier = None if embedding_size is None else nn.Linear(embedding_size, num_classes)
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D), or (B, C) logits
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Logits, then cross-entropy."
         if self.classifier is not None:
             embeddings = linear(embeddings, *(p.to(embeddings.dtype) for p in self.classifier.parameters()))
@@ -67,7 +71,10 @@ class ProxyLoss(DMLLoss):
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.proxies = nn.Parameter(PROXY_INITS[init](torch.empty(num_classes, embedding_size)))
 
-    def similarity(self, embeddings: Tensor) -> Tensor:  # (B, C)
+    def similarity(
+        self,
+        embeddings: Tensor,  # (B, D)
+    ) -> Tensor:  # (B, C)
         "Cosine of each embedding and each proxy."
         return cosine(embeddings, self.proxies.to(embeddings.dtype))
 
@@ -104,6 +111,10 @@ class NormSoftmaxLoss(ProxyLoss):
         check_at_least(temperature=(temperature, 1e-4))
         self.temperature = temperature
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Cosines, then the softmax."
         return norm_softmax_loss(self.similarity(embeddings), labels, self.temperature)

@@ -65,7 +65,11 @@ class SoftTripleLoss(DMLLoss):
             nn.init.uniform_(torch.empty(num_classes, proxies_per_class, embedding_size), -bound, bound)
         )
 
-    def compute(self, embeddings: Tensor, labels: Tensor) -> Tensor:  # scalar
+    def compute(
+        self,
+        embeddings: Tensor,  # (B, D)
+        labels: Tensor,  # (B,) class ids
+    ) -> Tensor:  # scalar
         "Similarity with each class, softmax with margin, and the regulariser if a class has several proxies."
         proxies = self.proxies.to(embeddings.dtype)
         sim_BC = multi_proxy_similarity(embeddings, proxies, self.proxy_temp)

@@ -73,7 +73,10 @@ class TripletLoss(PairLoss):
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #137a957a
 @patch
-def distance(self: TripletLoss, sim: Tensor) -> Tensor:  # shape of `sim`
+def distance(
+    self: TripletLoss,
+    sim: Tensor,  # similarities, any shape
+) -> Tensor:  # shape of `sim`
     "Distance from similarity; the root has gradient 0 at exact copies."
     return 2 - 2 * sim if self.squared else (2 - 2 * sim).clamp_min(1e-12).sqrt()
 
@@ -93,7 +96,12 @@ def triplets(
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #55080555
 @patch
-def all_triplets(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def all_triplets(
+    self: TripletLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "The loss of all triplets, or of all semi-hard ones."
     dist_BN = self.distance(sim_BN)
     count_BN, number = count_violations(dist_BN, pos_BN, neg_BN, self.margin)
@@ -106,7 +114,12 @@ def all_triplets(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tens
 
 # %% ../../nbs/40_losses/10_triplet.ipynb #36c1e006
 @patch
-def pairs(self: TripletLoss, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+def pairs(
+    self: TripletLoss,
+    sim_BN: Tensor,  # (B, N) similarities
+    pos_BN: Tensor,  # (B, N) boolean mask of positives
+    neg_BN: Tensor,  # (B, N) boolean mask of negatives
+) -> Tensor:  # scalar
     "The loss of the triplets that the rule selects."
     if self.each_pair_once:
         if not self.in_batch:

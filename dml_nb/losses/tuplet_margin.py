@@ -48,7 +48,12 @@ class TupletMarginLoss(PairLoss):
         check_at_least(margin=(margin, 0), scale=(scale, 1e-4))
         self.beta, self.scale = radians(margin), scale
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Mean over the positive pairs; an anchor without negatives counts 0."
         self.active = (pos_BN.any(1) & neg_BN.any(1)).sum()
         return tuplet_margin_loss(sim_BN, pos_BN, neg_BN, self.beta, self.scale)
@@ -98,7 +103,12 @@ class IntraPairVarianceLoss(PairLoss):
         check_at_least(pos_eps=(pos_eps, 0), neg_eps=(neg_eps, 0))
         self.pos_eps, self.neg_eps = pos_eps, neg_eps
 
-    def pairs(self, sim_BN: Tensor, pos_BN: Tensor, neg_BN: Tensor) -> Tensor:  # scalar
+    def pairs(
+        self,
+        sim_BN: Tensor,  # (B, N) similarities
+        pos_BN: Tensor,  # (B, N) boolean mask of positives
+        neg_BN: Tensor,  # (B, N) boolean mask of negatives
+    ) -> Tensor:  # scalar
         "Means over all pairs of a kind, satisfied ones included."
         options = self.pos_eps, self.neg_eps
         return attach_gradient(sim_BN, *intra_pair_variance_with_gradient(sim_BN, pos_BN, neg_BN, *options))

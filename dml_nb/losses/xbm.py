@@ -181,7 +181,10 @@ def remember(
 
 
 @patch
-def set_epoch(self: XBMLoss, epoch: int):  # 0-based
+def set_epoch(
+    self: XBMLoss,
+    epoch: int,  # 0-based
+):
     "Set the epoch of this loss and of its pair loss."
     DMLLoss.set_epoch(self, epoch)
     self.pair_loss.set_epoch(epoch)
