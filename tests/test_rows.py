@@ -34,6 +34,7 @@ from dml_nb.experiments.tables import (
     why_not_runnable,
 )
 from dml_nb.losses import create_loss, list_losses
+from dml_nb.models import list_backbones
 
 FOLDER = Path(dml_nb.__file__).parent / "experiments"
 
@@ -285,11 +286,18 @@ def test_a_table_is_found_with_and_without_its_source():
     )
 
 
+def test_names_read_from_the_modules_are_those_of_the_registries():
+    assert tables_module.loss_names() == list_losses() and tables_module.backbone_names() == list_backbones()
+
+
 def test_every_loss_is_a_row_on_its_own():
     rows = loss_rows()
-    assert {row.method for row in rows.values()} | {"adversarial", "center", "intra_pair_variance"} == set(
-        list_losses()
-    ) and len(all_rows()) == 243
+    assert {row.method for row in rows.values()} | {
+        "adversarial",
+        "center",
+        "intra_pair_variance",
+        "cp_reading",
+    } == set(list_losses()) and len(all_rows()) == 243
     assert not set(rows) & set(all_rows())
     for id, row in rows.items():
         assert row_of(id) is row and find_rows(id) == find_rows(row.method) == [row]

@@ -119,6 +119,7 @@ def _images_by_class(folder) -> dict[Path, list[Path]]:
 def load_folder(
     folder: str | Path,  # holds one folder of images per class
     on_corrupt: str = "stop",  # unreadable files: "stop" with an error or "skip" them
+    name: str | None = None,  # of the data set; None: that of the folder
 ) -> RetrievalData:  # first half of the classes for training, second half for the test
     "A folder of class folders as a data set."
     folder = Path(folder).expanduser()
@@ -131,4 +132,5 @@ def load_folder(
     if empty:
         warnings.warn(f"{len(empty)} folders without images are left out: {first_few(empty)}", stacklevel=2)
     files, labels = zip(*((f, label) for label, p in enumerate(classes) for f in found[p]))
-    return load_files(folder.name, files, labels, [p.name for p in classes], (len(classes) + 1) // 2, on_corrupt)
+    class_names, train_classes = [p.name for p in classes], (len(classes) + 1) // 2
+    return load_files(name or folder.name, files, labels, class_names, train_classes, on_corrupt)

@@ -116,6 +116,21 @@ class RetrievalData:
     def checksum(self) -> str:  # 16 hexadecimal digits
         return sha256(f"{self.train.checksum} {self.test.checksum}".encode()).hexdigest()[:16]
 
+# %% ../../nbs/20_data/01_image_sets.ipynb #b1000028
+@patch
+def subset(
+    self: RetrievalData,
+    train_classes: int | list,  # number of training classes to keep (the first ones), or their labels
+    test_classes: int | list,  # as `train_classes`, for the test
+) -> RetrievalData:  # labels start at 0 in both splits
+    "The same data with fewer classes."
+    train, test = (range(ids) if isinstance(ids, int) else ids for ids in (train_classes, test_classes))
+    return RetrievalData(
+        f"{self.name} ({len(train)} + {len(test)} classes)",
+        self.train.subset(train, self.train.name),
+        self.test.subset(test, self.test.name),
+    )
+
 # %% ../../nbs/20_data/01_image_sets.ipynb #b1000023
 @patch
 def holdout(

@@ -21,6 +21,7 @@ from dml_nb.experiments.tables import (
     load_recipes,
     loss_defaults,
     stored_loss_defaults,
+    takes_classes,
     why_not_runnable,
 )
 from ..losses import create_loss
@@ -28,7 +29,7 @@ from ..models import list_backbones
 from ..models.embedder import POOLS
 
 # %% ../../nbs/70_experiments/02_recipes.ipynb #ec0fe65a
-OPTIONAL = ("on_corrupt", "per_class", "noise")  # settings that are left out when nothing sets them
+OPTIONAL = ("on_corrupt", "per_class", "noise", "image_size")  # settings that are left out when nothing sets them
 
 
 def source_training(
@@ -38,6 +39,12 @@ def source_training(
     return load_recipes()["training"].get(row.recipe.get("training"), {})
 
 # %% ../../nbs/70_experiments/02_recipes.ipynb #5bbacab3
+def _method_settings(row: Row) -> dict | None:
+    "A loss of pairs or tuples needs several images of each class in a batch, unless its recipe says something else."
+    needs = None if takes_classes(row.recipe["loss"]) else {"per_class": 5}
+    return row.recipe.get("settings", needs)
+
+
 def setting_layers(
     row: Row,  # with a recipe
     dataset: str,  # to run on
@@ -49,7 +56,7 @@ def setting_layers(
     training = {} if dataset in known["alike"] else source_training(row).get(regime, {})
     place = f"{regime}/{dataset}/{backbone}"
     found = {name: known["settings"].get(name) for name in (regime, f"{regime}/{dataset}")}
-    found |= {"method": recipe.get("settings")}
+    found |= {"method": _method_settings(row)}
     found |= {"training": training.get("*"), f"training on {backbone}": training.get(backbone)}
     found |= {name: known["settings"].get(name) for name in (place, f"{place}/{recipe['loss']}")}
     found |= {"loss": recipe["params"], f"loss on {dataset}": recipe.get("on", {}).get(dataset, {}).get("params")}
@@ -93,9 +100,11 @@ def check_setting_names(
         raise ValueError(f"{name} is a parameter of {', '.join(having)} but not of {without}: run these rows apart.")
 
 # %% ../../nbs/70_experiments/02_recipes.ipynb #23e3bf8c
-WHOLE_NUMBERS = dict(epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, holdout=0)  # -> smallest
+WHOLE_NUMBERS = dict(  # setting -> smallest value
+    epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, holdout=0, image_size=32
+)
 NUMBERS = dict(lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0)  # setting -> smallest value
-MAY_BE_NONE = ("per_class", "holdout", "head_lr", "clip_value", "noise")
+MAY_BE_NONE = ("per_class", "holdout", "head_lr", "clip_value", "noise", "image_size")
 CHOICES = dict(
     schedule=("step", "cosine", "constant"),
     pool=tuple(POOLS),
@@ -156,6 +165,8 @@ def check_settings(
     check_setting_types(settings)
     if settings.get("noise") and settings["holdout"] is not None:
         raise ValueError("label noise and held-out classes cannot be combined: leave out holdout or noise.")
+    if settings.get("image_size") and settings["regime"] == "frozen":
+        raise ValueError("image_size needs the regime finetune: features are stored for the size of the backbone.")
     batch, per_class = settings["batch_size"], settings.get("per_class")
     if per_class and batch % per_class:
         remedy = "choose another, or --set per_class=null for random batches."

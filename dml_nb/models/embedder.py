@@ -218,7 +218,12 @@ def create_embedder(
     pretrained: bool = True,  # load ImageNet weights into the backbone?
     layer_norm: bool = False,  # standardise each feature vector before the embedding layer?
     frozen_bn: bool = False,  # keep the BN statistics fixed during training?
+    image_size: int | None = None,  # side of the input in pixels, for `spec`; None: as the backbone was trained
 ) -> Embedder:  # images -> unit embeddings
     "An embedding network from the names of its parts."
     net = create_backbone(backbone, pretrained)
-    return Embedder(net, Pool(pool), EmbeddingHead(net.out_channels, embedding_size, layer_norm=layer_norm), frozen_bn)
+    head = EmbeddingHead(net.out_channels, embedding_size, layer_norm=layer_norm)
+    model = Embedder(net, Pool(pool), head, frozen_bn)
+    if image_size is not None:
+        model.spec = model.spec.resized(image_size)
+    return model

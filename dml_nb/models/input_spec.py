@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'CAFFE', 'SYMMETRIC', 'InputSpec', 'image_transform']
 
 # %% ../../nbs/30_models/01_input_spec.ipynb #a1000005
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.basics import patch
@@ -86,3 +86,12 @@ def image_transform(
     else:
         crop = [v2.Resize(spec.resize), v2.RandomCrop(spec.crop), v2.RandomHorizontalFlip(flip)]
     return v2.Compose([v2.RGB() if spec.channels == 3 else v2.Grayscale(1), *crop, v2.PILToTensor(), spec.to_input])
+
+# %% ../../nbs/30_models/01_input_spec.ipynb #a1000026
+@patch
+def resized(
+    self: InputSpec,
+    crop: int,  # new side of the square input, in pixels
+) -> InputSpec:
+    "The same input at another size."
+    return replace(self, crop=crop, resize=round(crop * self.resize / self.crop))
