@@ -285,6 +285,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'dml_nb/experiments/batch.py'),
                                           'dml_nb.experiments.batch._print_outcome': ( '70_experiments/batch.html#_print_outcome',
                                                                                        'dml_nb/experiments/batch.py'),
+                                          'dml_nb.experiments.batch._print_untrained': ( '70_experiments/batch.html#_print_untrained',
+                                                                                         'dml_nb/experiments/batch.py'),
                                           'dml_nb.experiments.batch._runnable': ( '70_experiments/batch.html#_runnable',
                                                                                   'dml_nb/experiments/batch.py'),
                                           'dml_nb.experiments.batch._say': ( '70_experiments/batch.html#_say',

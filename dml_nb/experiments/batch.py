@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from .notebook_job import Job, RunFailed, is_disk_full, run_job
 from .recipes import check_setting_names, settings_for
-from .run import load_data
+from .run import load_data, measure_untrained
 from dml_nb.experiments.run_store import (
     DamagedResult,
     computation_id,
@@ -229,6 +229,14 @@ def _runnable(rows: list[Row], dataset: str | None, backbone: str | None) -> lis
     return runnable
 
 # %% ../../nbs/70_experiments/08_batch.ipynb #18a61ae3
+def _print_untrained(jobs: list[Job], out: Path):
+    "Measure the backbones before training; with the regime `frozen` their features are computed anyway."
+    frozen = [job.settings for job in jobs if job.settings["regime"] == "frozen" and job.settings["holdout"] is None]
+    for s in {(s["dataset"], s["backbone"], s["pool"]): s for s in frozen}.values():
+        recall, value = next(iter(measure_untrained(s, out)["metrics"].items()))
+        print(f"before training: {recall} {100 * value:.1f} on {s['dataset']}, {s['backbone']}", flush=True)
+
+
 def run_rows(
     rows: list[Row],  # what to run
     seeds: list[int],  # each row is run with each seed
@@ -248,6 +256,7 @@ def run_rows(
         for text in (text for row in job.rows for text in stale_runs(out, row, job.settings, job.seed, job.asked)):
             print(f"stale: {text}")
     print(estimate_time(jobs, out, measure), flush=True)
+    _print_untrained(jobs, out)
     events = cluster.run(jobs, out, retries) if cluster else _one_by_one(jobs, out, retries)
     try:
         done, failed = _follow(jobs, events, one_by_one=cluster is None)

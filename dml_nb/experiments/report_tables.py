@@ -235,9 +235,10 @@ def untrained_sentences(
 ) -> list[str]:  # one for each data set and backbone that was measured
     "What the backbones reach before any training."
     return [
-        f"Before training, the pooled features reach {100 * m['R@1']:.1f} (R@1) and {100 * m['MAP@R']:.1f} (MAP@R) "
+        f"Before training, the pooled features reach {100 * m[recall]:.1f} ({recall}) and {100 * m['MAP@R']:.1f} (MAP@R) "
         f"on {place}."
         for place, m in untrained_metrics(results).items()
+        for recall in list(m)[:1]
     ]
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #d32cdaca
