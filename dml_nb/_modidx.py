@@ -317,6 +317,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'dml_nb/experiments/notebook_job.py'),
                                                  'dml_nb.experiments.notebook_job.is_disk_full': ( '70_experiments/notebook_job.html#is_disk_full',
                                                                                                    'dml_nb/experiments/notebook_job.py'),
+                                                 'dml_nb.experiments.notebook_job.letter_folder': ( '70_experiments/notebook_job.html#letter_folder',
+                                                                                                    'dml_nb/experiments/notebook_job.py'),
                                                  'dml_nb.experiments.notebook_job.record_failure': ( '70_experiments/notebook_job.html#record_failure',
                                                                                                      'dml_nb/experiments/notebook_job.py'),
                                                  'dml_nb.experiments.notebook_job.run_job': ( '70_experiments/notebook_job.html#run_job',

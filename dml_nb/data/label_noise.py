@@ -229,7 +229,11 @@ class NoisyImages(ImageSet):
             noise.name, noise.given[keep], noise.true[keep], noise.true_class, noise.unmatched_lines
         )
 
-    def subset(self, class_ids, name: str):
+    def subset(
+        self,
+        class_ids,  # labels of the classes to keep
+        name: str,  # name of the new set
+    ):
         raise ValueError(
             f"{self.name} has noisy labels, which must not determine a held-out part: "
             "take the holdout first, then add noise to its training part."

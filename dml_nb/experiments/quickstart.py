@@ -103,7 +103,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def quickstart_page(
-    title: str,
+    title: str,  # heading of the page
     note: str,  # below the table
     table: pd.DataFrame,  # from `quickstart_table`
     pictures: dict[str, bytes],  # heading -> PNG

@@ -235,8 +235,8 @@ def untrained_sentences(
 ) -> list[str]:  # one for each data set and backbone that was measured
     "What the backbones reach before any training."
     return [
-        f"Before training, the pooled features reach {100 * m[recall]:.1f} ({recall}) and {100 * m['MAP@R']:.1f} (MAP@R) "
-        f"on {place}."
+        f"Before training, the pooled features reach {100 * m[recall]:.1f} ({recall}) and "
+        f"{100 * m['MAP@R']:.1f} (MAP@R) on {place}."
         for place, m in untrained_metrics(results).items()
         for recall in list(m)[:1]
     ]

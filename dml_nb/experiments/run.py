@@ -316,5 +316,5 @@ def gallery(
     write_atomically(self.folder / "gallery.png", lambda p: figure.savefig(p, dpi=80, format="png"))
     plt.close(figure)
     caption = "queries on the left, their five nearest images to the right, green: same class, red: another"
-    note = "*Photographs are not redistributed; the picture exists only where the row was run.*"
+    note = "*The picture stands beside this notebook where the row was run. Most photographs may not be redistributed.*"
     return f"![{caption}](gallery.png)" + ("" if self.data.test.paths is None else f"\n\n{note}")

@@ -32,7 +32,7 @@ def mean_interval(
 
 
 def format_interval(
-    mean: float,
+    mean: float,  # in the unit of the metric
     half: float,  # half width, from `mean_interval`
     digits: int = 1,  # after the decimal point
 ) -> str:  # "55.9 ± 0.4"; "55.9" for a single seed

@@ -54,7 +54,10 @@ class InvertedResidual(nn.Module):
         self._depthwise_conv, self._bn1 = _conv(mid, mid, kernel, stride, groups=mid), _bn(mid)
         self._project_conv, self._bn2 = _conv(mid, c_out, 1), _bn(c_out)
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: Tensor,  # (B, in_channels, H, W)
+    ) -> Tensor:  # (B, out_channels, ceil(H/stride), ceil(W/stride))
         y = F.relu6(self._bn0(self._expand_conv(x))) if self.expand else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))

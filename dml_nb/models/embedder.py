@@ -186,7 +186,10 @@ class Embedder(nn.Module):
         self.backbone, self.pool, self.head, self.frozen_bn = backbone, pool, head, frozen_bn
         self.spec = backbone.spec
 
-    def train(self, mode: bool = True):
+    def train(
+        self,
+        mode: bool = True,  # False: evaluation
+    ):
         super().train(mode)
         if self.frozen_bn:
             freeze_bn(self)

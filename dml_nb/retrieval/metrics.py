@@ -208,7 +208,10 @@ def recall_depths(
 
 
 def as_evaluation_input(
-    embeddings, labels, gallery=None, gallery_labels=None
+    embeddings,  # (Q, D) queries: tensor, array or memory map
+    labels,  # (Q,) their classes
+    gallery=None,  # (N, D); None: the queries are the gallery
+    gallery_labels=None,  # (N,) classes of the gallery
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # the four as tensors; no gallery: gallery labels are the labels
     "Embeddings and labels of queries and gallery as tensors, or `ValueError`."
     if (gallery is None) != (gallery_labels is None):

@@ -83,7 +83,7 @@ def neighbourhoods(
 
 def reciprocal(
     near: np.ndarray,  # (n, K) ids of the nearest images
-    k: int,
+    k: int,  # neighbours that count
 ) -> sp.csr_array:  # (n, n), 1 where each of p and g is among the k nearest of the other
     "R(p, k)."
     N = neighbourhoods(near, k)
@@ -92,7 +92,7 @@ def reciprocal(
 
 def expanded_reciprocal(
     near: np.ndarray,  # (n, K) ids of the nearest images
-    k: int,
+    k: int,  # neighbours that count
     chunk_size: int = 4096,  # rows at a time
 ) -> sp.csr_array:  # (n, n), 1 where g is in R*(p, k)
     "R*(p, k): with R(q, k/2) of each member q, where two thirds of that set lie in R(p, k)."
