@@ -207,7 +207,7 @@ def test_layers_name_settings_that_exist():
     ]
     assert (
         setting_layers(find_rows("Proxy Anchor")[0], "glyphs", "small_cnn", "finetune")[-2][0]
-        == "finetune/glyphs/small_cnn/proxy_anchor"
+        == "finetune/glyphs/proxy_anchor"
     )
 
 

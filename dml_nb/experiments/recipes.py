@@ -54,11 +54,12 @@ def setting_layers(
     "The layers of settings of a run, without the settings given by hand."
     known, recipe = load_recipes(), row.recipe
     training = {} if dataset in known["alike"] else source_training(row).get(regime, {})
-    place = f"{regime}/{dataset}/{backbone}"
+    own_photographs = dataset in known["photographs"] or dataset not in known["sizes"]
+    kinds = [regime, *([f"{regime}/photographs"] if own_photographs else []), f"{regime}/{dataset}"]
     found = {name: known["settings"].get(name) for name in (regime, f"{regime}/{dataset}")}
     found |= {"method": _method_settings(row)}
     found |= {"training": training.get("*"), f"training on {backbone}": training.get(backbone)}
-    found |= {name: known["settings"].get(name) for name in (place, f"{place}/{recipe['loss']}")}
+    found |= {f"{kind}/{recipe['loss']}": known["settings"].get(f"{kind}/{recipe['loss']}") for kind in kinds}
     found |= {"loss": recipe["params"], f"loss on {dataset}": recipe.get("on", {}).get(dataset, {}).get("params")}
     return [(name, values) for name, values in found.items() if values is not None]
 
