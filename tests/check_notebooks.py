@@ -38,7 +38,9 @@ def readme() -> str:
     "README.md as nbs/index.ipynb gives it; links that leave nbs/ are made relative to the repository."
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     notebook.metadata.language_info = {"name": "python"}
-    notebook.cells = [_only_output(cell) if cell.source.startswith("#| echo: false") else cell for cell in notebook.cells]
+    notebook.cells = [
+        _only_output(cell) if cell.source.startswith("#| echo: false") else cell for cell in notebook.cells
+    ]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     return text.replace("](../", "](").strip() + "\n"
 

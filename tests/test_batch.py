@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def epochs_before(checkpoint):
     return torch.load(checkpoint, weights_only=True)["history"]
 
 
-def check_resumed(folder, before, epochs=25):
+def check_resumed(folder, before, epochs):
     "The epochs of the first attempt were kept, the others added, and one whole result is there."
     history = pd.read_csv(folder / "history.csv")
     assert 0 < len(before) < epochs and history.epoch.tolist() == list(range(epochs))
@@ -85,16 +86,17 @@ def check_resumed(folder, before, epochs=25):
     )
 
 
-def test_a_killed_notebook_is_started_again_where_it_stopped(dml_nb, glyph_folder):
-    process = start(dml_nb, "run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=25")
-    (path,) = until(lambda: checkpoints(dml_nb.folder), process)
-    (kernel,) = kernels(dml_nb.folder)
-    kernel.send_signal(signal.SIGSTOP)
-    before = epochs_before(path)
-    kernel.kill()
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "1 done, 0 failed: 1 run now" in output
-    check_resumed(path.parent, before)
+def test_a_killed_notebook_is_started_again_where_it_stopped(shell, tmp_path, glyph_folder):
+    with ThreadPoolExecutor(1) as pool:
+        args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=6"]
+        command = pool.submit(shell, *args)
+        (path,) = until(lambda: command.done() and command.result() or checkpoints(tmp_path))
+        (kernel,) = kernels(tmp_path)
+        kernel.send_signal(signal.SIGSTOP)
+        before = epochs_before(path)
+        kernel.kill()
+        assert "1 done, 0 failed: 1 run now" in command.result()
+    check_resumed(path.parent, before, 6)
 
 
 ORPHANS = """
@@ -117,31 +119,30 @@ def test_workers_end_with_a_process_that_is_killed_while_they_start():
 
 
 def test_a_killed_batch_is_finished_by_one_of_two_that_start_at_once(dml_nb, glyph_folder):
-    args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=30"]
+    args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=6"]
     process = start(dml_nb, *args)
     (path,) = until(lambda: checkpoints(dml_nb.folder), process)
     process.kill()  # its notebook lives on for a moment: a new one must not write beside it
     process.wait()
+    before = epochs_before(path)
     assert not list(path.parent.glob("result.json"))
     both = [start(dml_nb, *args) for _ in range(2)]
-    time.sleep(0.5)
-    before = epochs_before(path)
     outputs = [p.communicate(timeout=300)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
     assert sorted("1 run now, 0 done before" in output for output in outputs) == [False, True], outputs
     assert sorted("0 run now, 1 done before" in output for output in outputs) == [False, True], outputs
-    check_resumed(path.parent, before, 30)
+    check_resumed(path.parent, before, 6)
     assert len(list(dml_nb.folder.glob("runs/**/result.json"))) == 1
 
 
-def test_a_failing_row_is_written_down_and_the_others_go_on(dml_nb, glyph_folder):
+def test_a_failing_row_is_written_down_and_the_others_go_on(shell, tmp_path, glyph_folder):
     rows = ["CP + PA K=3", "Proxy Anchor"]
     args = ["run", *rows, "--dataset", glyph_folder, *TINY, "--set", "epochs=1"]
     first, _ = batch.plan_jobs([find_rows(name)[0] for name in rows], [0], str(glyph_folder), epochs=1, **SMALL)
-    folder = run_store.run_folder(dml_nb.folder / "runs", first.rows[0], first.settings, 0)
+    folder = run_store.run_folder(tmp_path / "runs", first.rows[0], first.settings, 0)
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"cut short")
-    output = dml_nb(*args, status=1)
+    output = shell(*args, status=1)
     assert "1 done, 1 failed: 1 run now" in output and "cannot be read" in output
     failed = json.loads((folder / "failed.json").read_text())
     assert (
@@ -149,7 +150,7 @@ def test_a_failing_row_is_written_down_and_the_others_go_on(dml_nb, glyph_folder
     )
     assert not (folder / "result.json").exists() and not (folder / "run.ipynb").exists()
     (folder / "checkpoint.pt").unlink()
-    assert "2 done, 0 failed: 1 run now, 1 done before" in dml_nb(*args)
+    assert "2 done, 0 failed: 1 run now, 1 done before" in shell(*args)
     assert not list(folder.glob("failed.*"))
 
 
@@ -500,7 +501,7 @@ def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "cache"))
     rows = [find_rows(name)[0] for name in ("CP + PA K=3", "Proxy Anchor", "002-IV/cub-cp-proxy-anchor-loss")]
-    asked = dict(dataset=str(glyph_folder), epochs=8, **SMALL)
+    asked = dict(dataset=str(glyph_folder), epochs=5, **SMALL)
     jobs = batch.plan_jobs(rows, [0], **asked)
     spread, killed = {}, []
     for i, what in Cluster(nodes).run(jobs, tmp_path / "there", retries=2):
@@ -514,7 +515,7 @@ def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
         elif i == 0:
             assert f"process {killed[0]}) was lost; resumed on" in what
     assert len(spread) == 2 and [len(spread[i]) for i in (0, 1)] == [2, 1] and len(killed) == 1
-    check_resumed(spread[0][0].folder, before, 8)
+    check_resumed(spread[0][0].folder, before, 5)
     alone, failed = batch.run_rows(rows, [0], tmp_path / "here", **asked)
     numbers = [
         {

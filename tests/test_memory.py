@@ -1,6 +1,7 @@
 "Losses with a memory over several training steps: agreement with another package, several processes, large sizes."
 
 import warnings
+from multiprocessing import set_forkserver_preload
 from types import SimpleNamespace
 
 import pytest
@@ -244,7 +245,8 @@ def run_one_of_two_processes(rank, folder):
 
 def test_two_processes_agree_with_one(tmp_path):
     "States, memory terms and PRISM's selections agree, with batches of different size in the two processes."
-    mp.spawn(run_one_of_two_processes, (str(tmp_path),), nprocs=2)
+    set_forkserver_preload(["dml_nb.training.learner"])  # both processes share the time of importing it
+    mp.start_processes(run_one_of_two_processes, (str(tmp_path),), nprocs=2, start_method="forkserver")
     found = [torch.load(tmp_path / f"found-{rank}.pt") for rank in (0, 1)]
     for name in MEMORY_LOSSES:
         single = build(name)

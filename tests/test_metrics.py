@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from multiprocessing import set_forkserver_preload
 
 import numpy as np
 import pandas as pd
@@ -711,7 +712,8 @@ def test_two_processes_embed_a_share_each_and_agree_with_one(tmp_path):
     "101 images: one is embedded twice and must count once."
     lines, embeddings = short_run()
     assert [("MAP@R" in line, line["epoch"]) for line in lines] == [(True, 0), (False, 1), (True, 2), (True, 3)]
-    mp.spawn(one_process, (2, str(tmp_path)), nprocs=2)
+    set_forkserver_preload(["dml_nb.training.learner"])  # both processes share the time of importing it
+    mp.start_processes(one_process, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     for rank in range(2):
         found, rows = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(rows, embeddings, rtol=0, atol=1e-5)

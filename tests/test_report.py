@@ -233,7 +233,8 @@ def test_every_row_keeps_its_claimed_values_and_has_no_difference_in_another_set
         assert not [c for c in table if "difference" in c[1]]
     numbers = means_over_seeds(results)
     assert set(numbers.row) == {row.id for row in rows} and numbers.difference.isna().all()
-    paths = write_report([r for r in results if r["table"] in ("002-III", "002-V")], tmp_path / "report", "two tables")
+    two_tables = [r for r in results if r["table"] in ("002-III", "002-V") and "/cub-" in r["row"]]
+    paths = write_report(two_tables, tmp_path / "report", "two tables")
     assert all(path.stat().st_size > 100 for path in paths)
 
 
