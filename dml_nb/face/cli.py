@@ -283,7 +283,9 @@ def tune(
             first_row_of_loss.setdefault(row.recipe["loss"], row)
         for loss, row in first_row_of_loss.items():
             best, trials = search_row(row, out, dataset, backbone, regime)
-            settings = ", ".join(f"{name}={value:g}" for name, value in best.items())
+            settings = ", ".join(
+                f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}" for name, value in best.items()
+            )
             recall = 100 * trials["R@1"].max()
             typer.echo(f"{loss} ({row.method}): {settings}: R@1 {recall:.1f} on held-out classes")
     except (ValueError, OSError) as e:
