@@ -234,7 +234,7 @@ def _print_untrained(jobs: list[Job], out: Path):
     frozen = [job.settings for job in jobs if job.settings["regime"] == "frozen" and job.settings["holdout"] is None]
     for s in {(s["dataset"], s["backbone"], s["pool"]): s for s in frozen}.values():
         recall, value = next(iter(measure_untrained(s, out)["metrics"].items()))
-        print(f"before training: {recall} {100 * value:.1f} on {s['dataset']}, {s['backbone']}", flush=True)
+        print(f"before training: {recall} {100 * value:.1f} on {Path(s['dataset']).name}, {s['backbone']}", flush=True)
 
 
 def run_rows(

@@ -62,7 +62,7 @@ class Job:
 
     def __str__(self):
         s = self.settings
-        return f"{self.rows[0].method} · {s['dataset']} · {s['backbone']} · {s['regime']} · seed {self.seed}"
+        return f"{self.rows[0].method} · {Path(s['dataset']).name} · {s['backbone']} · {s['regime']} · seed {self.seed}"
 
 # %% ../../nbs/70_experiments/06_notebook_job.ipynb #6a20aa02
 def letter_folder(

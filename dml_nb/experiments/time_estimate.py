@@ -97,7 +97,7 @@ def _estimate_group(
     measure: bool,  # time a few batches if no earlier run is comparable
 ) -> tuple[float, str] | None:  # seconds, a line that explains them; None: unknown
     s, known = jobs[0].settings, time_of_earlier_runs(out, jobs[0].settings)
-    what = f"{s['loss']} on {s['dataset']}, {s['backbone']}, {s['regime']}"
+    what = f"{s['loss']} on {Path(s['dataset']).name}, {s['backbone']}, {s['regime']}"
     if known:
         epoch, besides, source = known[0], known[1], f"{known[2]} earlier runs"
     elif measure:
