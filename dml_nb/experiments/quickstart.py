@@ -138,7 +138,7 @@ def run_quickstart(
     if failed:
         raise failed[0]
     table = quickstart_table(untrained, {name: read_result(f / "result.json") for name, f in zip(ROWS, folders)})
-    title = "Recall on 40 unseen products"
+    title = "Retrieval of 40 unseen products"
     pictures = {title: _png(plot_quickstart(table, title)), "Nearest images before training": _png(gallery)}
     pictures |= {f"Nearest images: {name}": (f / "gallery.png").read_bytes() for name, f in zip(ROWS, folders)}
     page = quickstart_page(title, NOTE, table, pictures)
