@@ -563,6 +563,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'dml_nb/experiments/report_tables.py')},
             'dml_nb.experiments.results': { 'dml_nb.experiments.results._add_to_variant': ( '70_experiments/results.html#_add_to_variant',
                                                                                             'dml_nb/experiments/results.py'),
+                                            'dml_nb.experiments.results._best_while_acting': ( '70_experiments/results.html#_best_while_acting',
+                                                                                               'dml_nb/experiments/results.py'),
                                             'dml_nb.experiments.results._changed': ( '70_experiments/results.html#_changed',
                                                                                      'dml_nb/experiments/results.py'),
                                             'dml_nb.experiments.results._changes_text': ( '70_experiments/results.html#_changes_text',

@@ -195,7 +195,8 @@ releases, not commits, so one mean can hold seeds of several commits."""
 TESTS_NOTE = """Runs of the same seed saw the same batches, so methods are compared seed by seed. *p (t)* is the \
 paired t-test. *p (Wilcoxon)* is the exact signed-rank test, whose smallest value with n seeds is 2^(1-n). With fewer \
 than three seeds there is neither. *Holm* is p (t), corrected for all pairs of its block. The tests use the last \
-epoch, which is not chosen on the test classes."""
+epoch, which is not chosen on the test classes. A row has the settings of its own source or of its own search. A test \
+of CP against its host therefore compares them together with their settings; `runs/host_comparison` varies CP alone."""
 
 AGREEMENT_NOTE = f"""Is the order of our methods the claimed order? A *pair* is two methods of one section whose \
 claimed values differ. It agrees if our means have the claimed order. A pair is *clear* if the methods differ by more \

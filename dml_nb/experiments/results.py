@@ -44,13 +44,26 @@ def _result_folders(folders) -> list[Path]:
     return [Path(str(folder).strip()) for folder in folders]
 
 # %% ../../nbs/70_experiments/12_results.ipynb #29370a99
+def _best_while_acting(result: dict) -> dict:
+    "The result with its best epoch among those in which the loss acts; older runs stored the best of all epochs."
+    start, history = result["settings"]["params"].get("start_epoch", 0), Path(result["folder"]) / "history.csv"
+    if result["best"]["epoch"] >= start or not history.is_file():
+        return result
+    epochs = pd.read_csv(history)
+    epochs = epochs[epochs.epoch >= start]
+    best = epochs.loc[epochs[f"R@{result['settings']['recall_at'][0]}"].idxmax()]
+    return result | dict(
+        best={"epoch": int(best.epoch)} | {m: best[m] for m in result["best"] if m in best and m != "epoch"}
+    )
+
+
 def load_results(
     out: str | Path | Iterable = "runs",  # folder of results, or several: a list, or text with commas
     table: str | None = None,  # only this table, such as "002-II" or "II"
 ) -> list[dict]:  # contents of the `result.json` files, each with its folder under "folder"
     "All finished runs of these folders."
     files = [path for folder in _result_folders(out) for path in _result_files(folder)]
-    results = [read_result(path) | dict(folder=path.parent.as_posix()) for path in files]
+    results = [_best_while_acting(read_result(path) | dict(folder=path.parent.as_posix())) for path in files]
     if table is None or not results:
         return results
     name, known = find_table(table), {r["table"] for r in results}
