@@ -67,6 +67,15 @@ def test_the_conclusions_about_cp_hold_in_the_table():
         assert (step[family].dropna() < 0.05).all()
 
 
+def test_the_conclusions_about_noise_hold_in_the_table():
+    table = pd.read_csv(RUNS / "host_comparison/host_comparison.csv", index_col=[0, 1, 2])
+    step = table["R@1 last − host"].dropna().str.split(" ").str[0].astype(float).xs("50%", level="noise")
+    assert (step < 0).all()
+    assert step["Proxy-NCA, K=3", "+ calibration, λ=1"] < -1.2 and step["SoftTriple, K=3", "+ calibration, λ=1"] < -1.2
+    cosine = table["between-class cosine"].xs("50%", level="noise")
+    assert cosine["Proxy Anchor, K=3", "+ global centre"] == "0.96 COLLAPSED"
+
+
 def test_the_quickstart_table_is_that_of_its_runs():
     table = pd.read_csv(RUNS / "quickstart/quickstart.csv", index_col=0)
     results = [read_result(path) for path in sorted((RUNS / "quickstart/002-II").rglob("result.json"))]
