@@ -26,14 +26,14 @@ import sys
 import warnings
 from datetime import date
 from importlib.metadata import version
-from inspect import Parameter, signature
+from inspect import Parameter
 from pathlib import Path
 from statistics import geometric_mean, median
 from time import perf_counter
 
 import torch
 
-from dml_nb.losses import base, create_loss, list_losses
+from dml_nb.losses import create_loss, list_losses, loss_parameters
 
 D, PER_CLASS = 512, 8
 LIMIT_S, LIMIT_GB = 150, 10  # of one process
@@ -76,7 +76,7 @@ def default_losses() -> list[str]:
 
 def needs_classes(name: str) -> bool:
     "Whether the loss cannot be built without the number of classes."
-    parameters = signature(base._registry[name]).parameters
+    parameters = loss_parameters(name)
     return "num_classes" in parameters and parameters["num_classes"].default is Parameter.empty
 
 

@@ -11,15 +11,9 @@ import pytest
 @pytest.fixture(scope="session")
 def glyph_folder(tmp_path_factory) -> Path:
     "Twelve classes of glyphs with twelve images each, as PNG files in class folders."
-    from dml_nb.data import load_dataset
+    from dml_nb.data.glyphs import letter_folder
 
-    train = load_dataset("glyphs").train
-    folder = tmp_path_factory.mktemp("data") / "letters"
-    for label in range(12):
-        (folder / f"class{label:02}").mkdir(parents=True)
-    for i in range(12 * 12):
-        train.image(i).save(folder / f"class{train.labels[i]:02}" / f"{i:03}.png")
-    return folder
+    return Path(letter_folder(tmp_path_factory.mktemp("data") / "letters"))
 
 
 @pytest.fixture

@@ -434,7 +434,7 @@ def test_changed_data_make_result_and_checkpoint_stale(fake, tmp_path, glyph_fol
     data = shutil.copytree(glyph_folder, tmp_path / "letters")
     (folder,), _ = run(["CP + PA K=3"], tmp_path / "runs", dataset=str(data))
     (folder / "checkpoint.pt").write_bytes(b"of the old data")
-    next(data.glob("class00/*.png")).unlink()
+    next(data.glob("a/*.png")).unlink()
     run(["CP + PA K=3"], tmp_path / "runs", dataset=str(data))
     assert len(fake) == 2 and "the data changed: checksum" in capsys.readouterr().out
     assert not (folder / "checkpoint.pt").exists()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'POINTS', 'FACES', 'font_file', 'common_characters', 'draw_glyph', 'distinct_characters', 'render_glyphs',
-           'glyph_split', 'load_glyphs', 'glyph_versions']
+           'glyph_split', 'load_glyphs', 'letter_folder', 'glyph_versions']
 
 # %% ../../nbs/20_data/02_glyphs.ipynb #eefaec72
 from collections import Counter, defaultdict
@@ -42,6 +42,11 @@ def common_characters() -> list[str]:  # sorted by code point
     return [chr(code) for code in sorted(reduce(set.intersection, charmaps))]
 
 # %% ../../nbs/20_data/02_glyphs.ipynb #e845e981
+def _fonts() -> dict[str, ImageFont.FreeTypeFont]:  # face -> font
+    layout = ImageFont.Layout.BASIC
+    return {face: ImageFont.truetype(font_file(face), POINTS, layout_engine=layout) for face in FACES}
+
+
 def draw_glyph(
     char: str,  # the character
     font: ImageFont.FreeTypeFont,  # a font at a fixed size
@@ -76,8 +81,7 @@ def distinct_characters(
 def render_glyphs() -> tuple[np.ndarray, np.ndarray, tuple]:  # images (N, SIDE, SIDE), labels (N,), characters (C,)
     "Draw all classes in all fonts, N = 12 C images."
     candidates = common_characters()
-    fonts = [ImageFont.truetype(font_file(face), POINTS, layout_engine=ImageFont.Layout.BASIC) for face in FACES]
-    pictures = np.stack([[draw_glyph(char, font) for font in fonts] for char in candidates])
+    pictures = np.stack([[draw_glyph(char, font) for font in _fonts().values()] for char in candidates])
     keep = distinct_characters(pictures)
     images = pictures[keep].reshape(-1, SIDE, SIDE)
     images.flags.writeable = False  # the cached array is shared by all callers
@@ -96,6 +100,18 @@ def load_glyphs() -> RetrievalData:  # every second character in each part
     glyphs = ImageSet("glyphs", labels, chars, array=images)
     train, test = glyph_split()
     return RetrievalData("glyphs", glyphs.subset(train, "glyphs/train"), glyphs.subset(test, "glyphs/test"))
+
+# %% ../../nbs/20_data/02_glyphs.ipynb #6a20ab03
+def letter_folder(
+    folder: str | Path,  # receives a folder for each letter
+    letters: str = "abcdefghijkl",  # each letter is a class
+) -> str:  # the same folder, as the name of a data set
+    "Draw each letter in the twelve fonts of the glyphs, as a folder of image files."
+    for letter in letters:
+        (Path(folder) / letter).mkdir(parents=True)
+        for face, font in _fonts().items():
+            Image.fromarray(draw_glyph(letter, font)).save(Path(folder) / letter / f"{face}.png")
+    return str(folder)
 
 # %% ../../nbs/20_data/02_glyphs.ipynb #3069689b
 def glyph_versions() -> dict:  # name -> version

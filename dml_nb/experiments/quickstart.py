@@ -7,20 +7,17 @@ __all__ = ['ROWS', 'PLACE', 'COSINE', 'NOTE', 'untrained_network', 'quickstart_t
            'run_quickstart']
 
 # %% ../../nbs/70_experiments/17_quickstart.ipynb #9a000005
-import base64
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.files import write_atomically
 from .batch import run_rows
 from .recipes import settings_for
-from .report import PAGE_STYLE
+from .report import PAGE_STYLE, figure_to_png, html_picture
 from .run import Run
 from .run_store import read_result
 from .tables import row_of
@@ -95,13 +92,6 @@ def plot_quickstart(
     return ax.figure
 
 # %% ../../nbs/70_experiments/17_quickstart.ipynb #9a000022
-def _png(figure: Figure) -> bytes:
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=80)
-    plt.close(figure)
-    return picture.getvalue()
-
-
 def quickstart_page(
     title: str,  # heading of the page
     note: str,  # below the table
@@ -111,8 +101,7 @@ def quickstart_page(
     "Table and pictures in one file."
     body = [f"<h1>{escape(title)}</h1>", table.to_html(border=0), f"<p>{escape(note)}</p>"]
     for heading, png in pictures.items():
-        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        body.append(f"<h2>{escape(heading)}</h2><img alt='{escape(heading)}' src='{source}'>")
+        body.append(f"<h2>{escape(heading)}</h2>{html_picture(heading, png)}")
     head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{PAGE_STYLE}</style>"
     return f"<!doctype html><html lang='en'>{head}<body>{''.join(body)}</body></html>"
 
@@ -139,7 +128,8 @@ def run_quickstart(
         raise failed[0]
     table = quickstart_table(untrained, {name: read_result(f / "result.json") for name, f in zip(ROWS, folders)})
     title = "Retrieval of 40 unseen products"
-    pictures = {title: _png(plot_quickstart(table, title)), "Nearest images before training": _png(gallery)}
+    bars = figure_to_png(plot_quickstart(table, title), dpi=80)
+    pictures = {title: bars, "Nearest images before training": figure_to_png(gallery, dpi=80)}
     pictures |= {f"Nearest images: {name}": (f / "gallery.png").read_bytes() for name, f in zip(ROWS, folders)}
     page = quickstart_page(title, NOTE, table, pictures)
     write_atomically(out / "quickstart.html", lambda p: p.write_text(page, encoding="utf-8"))

@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from ..core.checks import unknown
 from .recipes import flat_settings, settings_for
-from .run_store import SPACE_METRICS, read_result, untrained_file
+from .run_store import SPACE_METRICS, best_line, epoch_metrics, read_result, untrained_file
 from .tables import find_table, load_recipes, row_of, stored_loss_defaults
 
 # %% ../../nbs/70_experiments/12_results.ipynb #8a83b027
@@ -46,15 +46,11 @@ def _result_folders(folders) -> list[Path]:
 # %% ../../nbs/70_experiments/12_results.ipynb #29370a99
 def _best_while_acting(result: dict) -> dict:
     "The result with its best epoch among those in which the loss acts; older runs stored the best of all epochs."
-    start, history = result["settings"]["params"].get("start_epoch", 0), Path(result["folder"]) / "history.csv"
-    if result["best"]["epoch"] >= start or not history.is_file():
+    start, file = result["settings"]["params"].get("start_epoch", 0), Path(result["folder"]) / "history.csv"
+    if result["best"]["epoch"] >= start or not file.is_file():
         return result
-    epochs = pd.read_csv(history)
-    epochs = epochs[epochs.epoch >= start]
-    best = epochs.loc[epochs[f"R@{result['settings']['recall_at'][0]}"].idxmax()]
-    return result | dict(
-        best={"epoch": int(best.epoch)} | {m: best[m] for m in result["best"] if m in best and m != "epoch"}
-    )
+    history = pd.read_csv(file)
+    return result | dict(best=epoch_metrics(history, best_line(history, result["settings"])))
 
 
 def load_results(
@@ -266,13 +262,13 @@ def untrained_metrics(
     results: list[dict],  # from `load_results`
 ) -> dict[str, dict]:  # "cub, efficientnet_lite0" -> metrics of the pooled features, where they were measured
     "The metrics of the backbones of these runs before any training."
-    found = {}
+    places = {}
     for r in results:
-        s, out = r["settings"], Path(r["folder"]).parents[3]
-        if "pool" in s and untrained_file(out, s).exists():
-            stored = json.loads(untrained_file(out, s).read_text(encoding="utf-8"))
-            found[f"{Path(s['dataset']).name}, {s['backbone']}"] = stored["metrics"]
-    return found
+        if "pool" in (s := r["settings"]):
+            file = untrained_file(Path(r["folder"]).parents[3], s)
+            places[file] = f"{Path(s['dataset']).name}, {s['backbone']}"
+    found = {place: file for file, place in places.items() if file.exists()}
+    return {place: json.loads(file.read_text(encoding="utf-8"))["metrics"] for place, file in found.items()}
 
 # %% ../../nbs/70_experiments/12_results.ipynb #e16d0261
 def load_histories(

@@ -30,7 +30,7 @@ from ..data import load_dataset
 from ..data.image_sets import ImageSet, RetrievalData
 from ..data.label_noise import read_noise_list, symmetric_noise, with_noise
 from .recipes import flat_settings, is_table_setting, noise_rate
-from .run_store import SPACE_METRICS, stage_result, untrained_file
+from .run_store import SPACE_METRICS, best_line, epoch_metrics, stage_result, untrained_file
 from .tables import row_of
 from ..losses import create_loss
 from ..models import create_embedder
@@ -221,11 +221,6 @@ def peak_memory_mb() -> float:  # in MiB
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #fe5ad069
-def _metrics(history: pd.DataFrame, line: int) -> dict:  # "epoch" and the metrics of that line
-    names = [name for name in history if name.startswith("R@") or name in ("MAP@R", "R-precision", *SPACE_METRICS)]
-    return {"epoch": int(history.epoch[line])} | {name: float(history[name][line]) for name in names}
-
-
 @patch
 def result(
     self: Run,
@@ -234,15 +229,14 @@ def result(
     "Metrics of the best and the last epoch, the claimed values, and the conditions of the measurement."
     train, evaluate = float(history.train_seconds.sum()), float(history.eval_seconds.sum())
     seconds = self.seconds | dict(train=train, evaluate=evaluate, notebook=perf_counter() - self.started)
-    acts = history.epoch >= self.settings["params"].get("start_epoch", 0)
     return dict(
         row=self.row.id,
         method=self.row.method,
         table=self.row.table,
         seed=self.seed,
         settings=self.settings,
-        best=_metrics(history, history[f"R@{self.settings['recall_at'][0]}"][acts].idxmax()),
-        last=_metrics(history, len(history) - 1),
+        best=epoch_metrics(history, best_line(history, self.settings)),
+        last=epoch_metrics(history, len(history) - 1),
         claimed=self.row.claimed,
         own_setting=is_table_setting(self.row, self.settings),
         seconds={phase: round(time, 2) for phase, time in seconds.items()},
