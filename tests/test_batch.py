@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
@@ -48,7 +49,7 @@ def start(dml_nb, *args):
         env=dml_nb.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -70,7 +71,8 @@ def checkpoints(folder):
 
 
 def epochs_before(checkpoint):
-    return torch.load(checkpoint, weights_only=True)["history"]
+    content = BytesIO(checkpoint.read_bytes()[32:])  # after its hash
+    return torch.load(content, weights_only=True)["history"]
 
 
 def check_resumed(folder, before, epochs):
@@ -113,7 +115,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_workers_end_with_a_process_that_is_killed_while_they_start():
     process = subprocess.run(
-        [sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", ORPHANS], capture_output=True, encoding="utf-8", timeout=100
     )  # ends when no worker holds the output open
     assert len(process.stdout.split()) == 2 and process.returncode == -signal.SIGKILL, process.stderr
 
@@ -143,8 +145,8 @@ def test_a_failing_row_is_written_down_and_the_others_go_on(shell, tmp_path, gly
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"cut short")
     output = shell(*args, status=1)
-    assert "1 done, 1 failed: 1 run now" in output and "cannot be read" in output
-    failed = json.loads((folder / "failed.json").read_text())
+    assert "1 done, 1 failed: 1 run now" in output and "is damaged: delete it" in output
+    failed = json.loads((folder / "failed.json").read_text(encoding="utf-8"))
     assert (
         failed["error"] == "ValueError" and "resume(learn" in failed["traceback"] and (folder / "failed.ipynb").exists()
     )
@@ -189,13 +191,14 @@ def test_on_a_full_disk_nothing_half_counts(dml_nb, glyph_folder):
         cwd=dml_nb.folder,
         env=dml_nb.environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=400,
     )
     if done.returncode == 77:
         pytest.skip("this machine does not allow mounting a small disk")
     texts = {
-        name: (dml_nb.folder / f"{name}.txt").read_text() for name in ("first", "second", "status", "half", "whole")
+        name: (dml_nb.folder / f"{name}.txt").read_text(encoding="utf-8")
+        for name in ("first", "second", "status", "half", "whole")
     }
     assert done.returncode == 0, texts
     assert texts["status"] == "1\n" and "is full: free some space" in texts["first"] and texts["half"] == ""
@@ -212,7 +215,7 @@ def fake(monkeypatch):
 
     def run_notebook(job, row, folder):
         calls.append(row.id)
-        (folder / "history.csv").write_text("epoch\n0\n")
+        (folder / "history.csv").write_text("epoch\n0\n", encoding="utf-8")
         line = {"epoch": 0, "R@1": 0.5, "MAP@R": 0.25}
         result = dict(
             row=row.id,
@@ -232,6 +235,7 @@ def fake(monkeypatch):
         run_store.publish_result(folder)
 
     monkeypatch.setattr(job_module, "run_notebook", run_notebook)
+    monkeypatch.setattr(batch, "why_no_weights", lambda backbone: None)
     return calls
 
 
@@ -289,7 +293,7 @@ def change(part, value):
 )
 def test_a_damaged_result_is_set_aside_and_run_again(fake, tmp_path, capsys, damage):
     (folder,), _ = run(["CP + PA K=3"], tmp_path)
-    (folder / "result.json").write_text(damage((folder / "result.json").read_text()))
+    (folder / "result.json").write_text(damage((folder / "result.json").read_text(encoding="utf-8")), encoding="utf-8")
     run(["CP + PA K=3"], tmp_path)
     assert len(fake) == 2 and "is damaged" in capsys.readouterr().out
     assert run_store.read_result(folder / "result.json") and (folder / "result.stale.json").exists()
@@ -298,34 +302,38 @@ def test_a_damaged_result_is_set_aside_and_run_again(fake, tmp_path, capsys, dam
 @pytest.mark.parametrize(
     "part, value, message",
     [
-        ("best", None, "best is not a dict"),
+        ("best", None, "best must be a dict, got None"),
         ("settings", {}, "settings.dataset is missing"),
         ("seconds", {}, "seconds.train is missing"),
-        ("environment", "x", "environment is not a dict"),
+        ("environment", "x", "environment must be a dict, got 'x'"),
         ("environment", dict(dml_nb="weird!"), "'weird!' is not a version"),
         ("environment", dict(dml_nb=1), "1 is not a version"),
         ("best", {"epoch": 0, "R@1": 0.5}, "best.MAP@R is missing"),
         ("best", {"epoch": 1, "MAP@R": 0.3}, "best.R@1 is missing"),
-        ("last", {"epoch": 0, "R@1": "x", "MAP@R": 0.3}, "last.R@1 is not a number"),
-        ("last", {"epoch": 0, "R@1": 0.5, "MAP@R": float("inf")}, "last.MAP@R is not a number"),
-        ("best", {"epoch": 0, "R@1": 0.5, "MAP@R": 0.3, "deviation": None}, "best.deviation is not a number"),
-        ("shared_with", None, "shared_with is not a str"),
-        ("settings", "no recall_at", "settings.recall_at is not a list of numbers"),
+        ("last", {"epoch": 0, "R@1": "x", "MAP@R": 0.3}, "last.R@1 must be a number, got 'x'"),
+        ("last", {"epoch": 0, "R@1": 0.5, "MAP@R": float("inf")}, "last.MAP@R must be a number, got inf"),
+        (
+            "best",
+            {"epoch": 0, "R@1": 0.5, "MAP@R": 0.3, "deviation": None},
+            "best.deviation must be a number, got None",
+        ),
+        ("shared_with", 1, "shared_with must be text, got 1"),
+        ("settings", "no recall_at", "settings: recall_at must be a list of whole numbers, got []"),
     ],
 )
 def test_what_is_wrong_with_a_damaged_result(fake, tmp_path, part, value, message):
     (folder,), _ = run(["CP + PA K=3"], tmp_path)
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     if value == "no recall_at":
         value = result["settings"] | dict(recall_at=[])
-    (folder / "result.json").write_text(json.dumps(result | {part: value}))
+    (folder / "result.json").write_text(json.dumps(result | {part: value}), encoding="utf-8")
     with pytest.raises(run_store.DamagedResult, match=f"is damaged: .*{re.escape(message)}"):
         run_store.read_result(folder / "result.json")
 
 
 def test_a_file_that_is_no_result_is_damaged(tmp_path):
     for content in ("", "[]", '{"row": "002', "{}"):
-        (tmp_path / "result.json").write_text(content)
+        (tmp_path / "result.json").write_text(content, encoding="utf-8")
         with pytest.raises(run_store.DamagedResult, match="is damaged"):
             run_store.read_result(tmp_path / "result.json")
 
@@ -382,6 +390,25 @@ def test_a_file_that_cannot_be_read_or_written_fails_one_row(fake, tmp_path, mon
     assert len(run(names, tmp_path)[0]) == 3 and len(fake) == 2
 
 
+def test_a_finished_run_on_storage_that_can_only_be_read_counts_as_done(fake, tmp_path, capsys):
+    rows = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss"]
+    done, _ = run(rows, tmp_path)
+    shutil.rmtree(tmp_path / ".locks")
+    (tmp_path / ".locks").touch()  # nobody can make this folder now, not even root
+    assert run(rows, tmp_path) == (done, []) and len(fake) == 1
+    assert "finished before: skipped" in capsys.readouterr().out
+    _, (failed,) = run(rows, tmp_path, lr=0.5)
+    assert "Correct this; the same command then goes on" in str(failed)
+
+
+def test_a_run_with_a_damaged_history_is_not_shared(fake, tmp_path):
+    rows = ["002-II/cub-cp-pa-k-3", "002-IV/cub-cp-proxy-anchor-loss"]
+    (first,), _ = run(rows[:1], tmp_path)
+    (first / "history.csv").write_text("epoch\n", encoding="utf-8")
+    (second,), _ = run(rows[1:], tmp_path)
+    assert fake == rows and run_store.read_history(second).epoch.tolist() == [0]
+
+
 def test_a_disk_that_fills_while_a_run_is_shared_stops_the_batch(fake, tmp_path, monkeypatch):
     def full(folder, row, out):
         raise OSError(28, "No space left on device")
@@ -394,11 +421,11 @@ def test_a_disk_that_fills_while_a_run_is_shared_stops_the_batch(fake, tmp_path,
 
 def test_a_result_of_a_newer_version_is_not_touched(fake, tmp_path):
     (folder,), _ = run(["CP + PA K=3"], tmp_path)
-    newer = json.loads((folder / "result.json").read_text()) | dict(environment=dict(dml_nb="99.1"))
-    (folder / "result.json").write_text(json.dumps(newer))
+    newer = json.loads((folder / "result.json").read_text(encoding="utf-8")) | dict(environment=dict(dml_nb="99.1"))
+    (folder / "result.json").write_text(json.dumps(newer), encoding="utf-8")
     _, (failed,) = run(["CP + PA K=3"], tmp_path)  # a failure of this row alone
     assert re.search("was written by dml_nb 99.1, but this is .*: update dml_nb", str(failed))
-    assert json.loads((folder / "result.json").read_text()) == newer
+    assert json.loads((folder / "result.json").read_text(encoding="utf-8")) == newer
 
 
 def test_a_changed_recipe_says_what_became_stale(fake, tmp_path, capsys, monkeypatch):
@@ -492,6 +519,82 @@ def nodes():
     cluster.shutdown()
 
 
+class StandIn:
+    "Stands for Ray; its first attempts to start fail and leave a process and files."
+
+    def __init__(self, failing):
+        self.failing, self.attempts, self.left, self.environment = failing, [], [], {}
+
+    def init(self, _temp_dir, **options):
+        self.attempts.append(int(os.environ["RAY_gcs_server_port_wait_time_s"]))
+        self.left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]))
+        (Path(_temp_dir) / "session").touch()
+        self.environment = dict(os.environ)
+        if len(self.attempts) <= self.failing:
+            raise Exception("The current node timed out during startup.\nMore of it.")
+
+    def shutdown(self):
+        pass
+
+
+@pytest.fixture
+def empty_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_gcs_server_port_wait_time_s"):
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return tmp_path
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_ray_that_starts_late_gets_more_time_and_leaves_nothing(empty_temporary_folder, monkeypatch, failing):
+    from dml_nb.experiments import ray_cluster
+
+    stand_in = StandIn(failing)
+    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: stand_in)
+    if failing == 2:
+        with pytest.raises(
+            ValueError, match=r"in 2 attempts \(The current node timed out during startup\.\): try again"
+        ):
+            ray_cluster.connect_to_ray("local").__enter__()
+    else:
+        with ray_cluster.connect_to_ray("local") as ray:
+            assert ray is stand_in and stand_in.left[-1].poll() is None
+    assert stand_in.attempts == sorted({*stand_in.attempts}) and len(stand_in.attempts) == min(failing + 1, 2)
+    assert not list(empty_temporary_folder.iterdir()) and all(process.wait(5) is not None for process in stand_in.left)
+
+
+def test_a_local_ray_demands_a_token(empty_temporary_folder, monkeypatch):
+    "An unset mode means a token since Ray 2.59; older versions are refused."
+    from dml_nb.experiments import ray_cluster
+
+    stand_in = StandIn(0)
+    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: stand_in)
+    with ray_cluster.connect_to_ray("local"):
+        assert "RAY_AUTH_MODE" not in os.environ and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+@needs_ray
+def test_a_ray_that_demands_no_token_is_refused(monkeypatch):
+    import ray
+
+    from dml_nb.experiments import ray_cluster
+
+    monkeypatch.setattr(ray, "__version__", "2.51.1")
+    with pytest.raises(ValueError, match="needs Ray 2.59 or later, which demands a token; this is 2.51.1: pip install"):
+        ray_cluster.connect_to_ray("local").__enter__()
+
+
+def test_a_finished_batch_starts_no_cluster(fake, tmp_path, monkeypatch):
+    from dml_nb.experiments import ray_cluster
+
+    done, _ = run(["CP + PA K=3"], tmp_path)
+    monkeypatch.setattr(ray_cluster, "_import_ray", lambda: pytest.fail("Ray is not needed"))
+    again = batch.run_rows([find_rows("CP + PA K=3")[0]], [0], tmp_path, cluster=ray_cluster.Cluster(), **TINY_GLYPHS)
+    assert again == (done, [])
+
+
 @needs_ray
 def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
     glyph_folder, tmp_path, nodes, monkeypatch, capsys
@@ -513,7 +616,7 @@ def test_two_nodes_give_the_numbers_of_one_process_though_a_worker_is_killed(
             os.kill(killed[0], signal.SIGKILL)
             before = path.stat().st_size and epochs_before(path)
         elif i == 0:
-            assert f"process {killed[0]}) was lost; resumed on" in what
+            assert f"process {killed[0]}) was lost; resumed on" in what or "resumes after epoch" in what
     assert len(spread) == 2 and [len(spread[i]) for i in (0, 1)] == [2, 1] and len(killed) == 1
     check_resumed(spread[0][0].folder, before, 5)
     alone, failed = batch.run_rows(rows, [0], tmp_path / "here", **asked)
@@ -583,9 +686,9 @@ def test_a_port_that_is_not_rays_is_noticed(shell):
     "args, message",
     [
         (["--num-gpus", "1"], "--num-gpus needs --cluster"),
-        (["--set", "cluster=local"], "is not a setting of a run"),
+        (["--set", "cluster=local"], "--set cannot change the cluster"),
         (["--seeds", "0,one"], "--seeds expects whole numbers"),
-        (["--dataset", "cars"], "'cars' is not available"),
+        (["--dataset", "dogs"], "unknown data set 'dogs'"),
     ],
 )
 def test_bad_options_of_a_batch(shell, args, message):

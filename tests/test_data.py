@@ -2,18 +2,22 @@
 
 import os
 import shutil
+import unicodedata
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
-from dml_nb.core.files import cache_root
-from dml_nb.data import load_dataset
-from dml_nb.data.folders import cached_corrupt, find_corrupt, load_folder
+from dml_nb.data import image_files, load_dataset
+from dml_nb.data.datasets import no_dataset
+from dml_nb.data.folders import load_folder
 from dml_nb.data.groceries import ARCHIVE
+from dml_nb.data.image_files import decoding_errors, open_image
 from dml_nb.data.image_sets import ImageSet, RetrievalData
 from dml_nb.data.label_noise import read_noise_list
 from dml_nb.data.loaders import eval_loader
@@ -58,18 +62,188 @@ def test_a_folder_that_does_not_exist(tmp_path):
 def test_files_are_decoded_again_only_after_a_change(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "data", dict(a=2, b=2, c=2))
     (folder / "c/2.png").write_text("hello")
-    files = sorted(folder.glob("*/*"))
+    files, opened = sorted(folder.glob("*/*")), []
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[: len(whole) // 2])
-    assert list(find_corrupt(files)) == [1, 6]
+    monkeypatch.setattr(image_files, "open_image", lambda path: opened.append(path) or open_image(path))
     for _ in range(2):
-        assert cached_corrupt(files) == find_corrupt(files)
-        assert len(list((cache_root() / "checked").iterdir())) == 1
+        assert list(decoding_errors(files)) == [1, 6]
+        assert len(opened) == len(files)
     files[1].write_bytes(whole)
-    assert list(cached_corrupt(files)) == [6]
-    assert len(list((cache_root() / "checked").iterdir())) == 2
+    assert list(decoding_errors(files)) == [6]
+    assert opened[len(files) :] == [str(files[1])]
     monkeypatch.setenv("DML_NB_CACHE", str(files[0]))  # a file, so nothing can be written below it
-    assert list(cached_corrupt(files)) == [6]
+    assert list(decoding_errors(files)) == [6]
+
+
+# files that are no images of a class
+
+
+def loaded(folder):
+    "The data of a folder, and the warnings."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        return load_folder(folder), [str(w.message) for w in seen]
+
+
+def test_every_format_that_pillow_reads_is_loaded(tmp_path):
+    folder, image = write_folder(tmp_path / "data", dict(a=2, b=2)), Image.new("RGB", (24, 24))
+    formats = dict(avif="AVIF", jfif="JPEG", JPE="JPEG", ppm="PPM", pgm="PPM", jp2="JPEG2000", TIFF="TIFF", Png="PNG")
+    formats |= dict(qoi="QOI", tga="TGA", webp="WEBP", gif="GIF", bmp="BMP", mpo="MPO", ico="ICO", apng="PNG")
+    for suffix, format in formats.items():
+        image.save(folder / f"a/x.{suffix}", format)
+    data, said = loaded(folder)
+    assert len(data.train) == 2 + len(formats) and said == []
+
+
+def test_what_is_left_out_is_counted_and_named_in_one_sentence(tmp_path):
+    folder = write_folder(tmp_path / "data", dict(a=2, b=2))
+    for name in ("a/x.heic", "a/y.HEIC", "b/notes", "b/film.mpg", "a/more/1.jpg", "a/more/deep/2.png", "a/more/x.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    for link in ("a/l0.jpg", "a/l1.jpg", "gone"):
+        (folder / link).symlink_to("/absent/annex")
+    os.mkfifo(folder / "b/pipe.jpg")
+    (folder / "loose.jpg").write_text("")
+    (folder / "README.md").write_text("")
+    data, (said,) = loaded(folder)
+    assert len(data.train) == len(data.test) == 2
+    assert said.startswith("in data, these files are left out: ") and said.count("\n") == 0
+    for part in (
+        "2 of type .heic, such as a/x.heic",
+        "1 of type unknown (no suffix), such as b/notes",
+        "1 of type .mpg, such as b/film.mpg",
+        "2 images in folders inside class folders, such as a/more/1.jpg",
+        "3 links without a target, such as a/l0.jpg",
+        "1 neither files nor folders, such as b/pipe.jpg",
+        "1 images outside the class folders, such as loose.jpg",
+    ):
+        assert part in said
+
+
+def test_files_of_the_system_and_hidden_files_are_no_part_of_the_data(tmp_path):
+    folder = write_folder(tmp_path / "data", dict(a=2, b=2))
+    for name in ("a/._0.jpg", "a/.DS_Store", "b/Thumbs.db", "b/desktop.ini", ".git/x.jpg", "__MACOSX/a/0.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    (folder / "a/.thumbnails").mkdir()
+    (folder / "a/.thumbnails/0.jpg").write_text("")
+    data, said = loaded(folder)
+    assert (data.train.classes, data.test.classes, len(data.train), said) == (["a"], ["b"], 2, [])
+
+
+def test_a_class_may_begin_with_two_underscores(tmp_path):
+    data, said = loaded(write_folder(tmp_path / "data", dict(__background__=2, a=2)))
+    assert (data.train.classes, data.test.classes, said) == (["__background__"], ["a"], [])
+
+
+def test_links_to_images_and_to_class_folders_are_followed(tmp_path):
+    folder = write_folder(tmp_path / "data", dict(a=2, b=2))
+    (folder / "a/link.jpg").symlink_to(folder / "b/0.jpg")
+    (folder / "c").symlink_to(folder / "a")
+    data, said = loaded(folder)
+    assert (len(data.train), len(data.test), said) == (5, 3, [])
+
+
+def test_a_folder_with_train_and_test_is_not_taken_for_two_classes(tmp_path):
+    (tmp_path / "data").mkdir()
+    for part in ("train", "test"):
+        write_folder(tmp_path / "data" / part, dict(a=2, b=2))
+    with pytest.raises(
+        ValueError, match="no images in its 2 class folders: .* 8 images in folders inside class folders"
+    ):
+        load_folder(tmp_path / "data")
+
+
+def test_accents_sort_alike_on_every_machine(tmp_path):
+    names = ["e", "\N{LATIN SMALL LETTER E WITH ACUTE}a", "f", "z"]  # é sorts after z if it is one character
+    linux = write_folder(tmp_path / "linux", dict.fromkeys(names, 2))
+    mac = tmp_path / "mac"
+    mac.mkdir()
+    for name in names:
+        shutil.copytree(linux / name, mac / unicodedata.normalize("NFD", name))
+    one, other = load_folder(linux, name="x"), load_folder(mac, name="x")
+    assert one.train.classes == other.train.classes == ["e", "f"]
+    assert one.test.classes == other.test.classes == ["z", names[1]]
+    assert one.checksum == other.checksum
+
+
+def test_two_folders_that_differ_only_in_how_an_accent_is_stored(tmp_path):
+    name = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    folder = write_folder(tmp_path / "data", {name: 2, unicodedata.normalize("NFD", name): 2})
+    with pytest.raises(ValueError, match=f"two folders with the name '{name}'.* move the images into one"):
+        load_folder(folder)
+
+
+def test_an_unreadable_file_is_reported_with_the_counts(tmp_path):
+    folder = write_folder(tmp_path / "data", dict(a=3, b=2))
+    (folder / "a/0.jpg").write_text("hello")
+    with pytest.raises(ValueError, match=r"1 of 5 files in the 2 classes of data cannot be read: a/0.jpg \("):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("closed", ["", "a"], ids=["the folder", "a class folder"])
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch, closed):
+    folder = write_folder(tmp_path / "data", dict(a=2, b=2))
+    scandir = os.scandir
+
+    def refuse(path):  # root may read everything, so the refusal is made up
+        if str(path) == str(folder / closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match=f"you may not read {folder / closed}: .*chmod u\\+rx"):
+        load_folder(folder)
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "data", dict(a=2, b=2))
+
+    def refuse(path):
+        if path.endswith("a/1.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return open_image(path)
+
+    monkeypatch.setattr(image_files, "open_image", refuse)
+    with pytest.raises(ValueError, match=r"1 of 4 files .* cannot be read: a/1.jpg \(Permission denied\)"):
+        load_folder(folder)
+
+
+# what stands for a data set
+
+
+def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "mine", dict(a=2, b=2))
+    monkeypatch.chdir(folder / "a")
+    assert repr(load_dataset("..")).startswith("mine\n")
+    monkeypatch.chdir(folder)
+    assert repr(load_dataset(".")).startswith("mine\n")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_dataset(tmp_path / "link").name == "link"
+
+
+@pytest.mark.parametrize("name", ["list.csv", "photos.zip"])
+def test_a_file_is_not_called_a_missing_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).touch()
+    for given in (name, tmp_path / name, f"./{name}"):
+        with pytest.raises(NotADirectoryError, match=f"{name} is a file, not a folder: give the folder"):
+            load_dataset(given)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        load_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["/nope", "./nope", "~/nope/birds", Path("nope"), "x/" * 3000])
+def test_a_path_to_nothing_is_called_a_missing_folder(path):
+    for error in (no_dataset(path), pytest.raises(FileNotFoundError, load_dataset, path).value):
+        assert isinstance(error, FileNotFoundError) and "does not exist: check the path" in str(error)
+
+
+@pytest.mark.parametrize("name", [3, None, "", 2.5, b"cub", ["cub"], Ellipsis])
+def test_what_is_no_name_is_shown(name):
+    with pytest.raises(ValueError, match="a data set is a name such as 'cub' or the path of a folder, got"):
+        load_dataset(name)
 
 
 def test_paths_are_taken_for_folders(tmp_path):
@@ -162,3 +336,16 @@ def test_a_noise_list_that_does_not_exist(birds):
 def test_a_noise_list_for_images_in_memory(tmp_path):
     with pytest.raises(ValueError, match="glyphs keeps its images in memory"):
         read_noise_list(tmp_path / "list.csv", load_dataset("glyphs"))
+
+
+def test_a_noise_list_from_windows_or_a_mac_fits(tmp_path):
+    name = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    train = ImageSet("x", [0, 0], [name], paths=[Path("/here") / name / f"{i}.jpg" for i in (0, 1)])
+    data = RetrievalData("x", train, ImageSet("x/test", [0, 0], ["e"], paths=[Path("e/0.jpg"), Path("e/1.jpg")]))
+    lines = [f"D:\\birds\\{name}\\0.jpg,1", f"/mac/{unicodedata.normalize('NFD', name)}/1.jpg,1"]
+    file = tmp_path / "list.csv"
+    file.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert read_noise_list(file, data).rate == 0
+    file.write_bytes(b"caf\xe9/0.jpg,1\n")
+    with pytest.raises(ValueError, match="2 of 2 training images of x have no line in list.csv"):
+        read_noise_list(file, data)

@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
+from dml_nb.core.class_queues import ClassQueues
 from dml_nb.core.golden import fixture, golden_value
 from dml_nb.core.similarity import match_masks
-from dml_nb.losses import create_loss, deviation, list_losses, loss_parameters
-from dml_nb.losses.base import list_presets, to_indices
+from dml_nb.losses import calibrate, create_loss, deviation, list_losses, loss_parameters
+from dml_nb.losses.base import list_presets, takes_ids, to_indices
 from dml_nb.losses.hierarchical_proxy import group_counts
-from dml_nb.losses.miners import list_miners
+from dml_nb.losses.miners import HardMiner, create_miner, list_miners
 from dml_nb.losses.pair_base import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
 from dml_nb.training.learner import dml_learner, feature_dls
@@ -351,6 +352,131 @@ def test_bad_input_is_named(name):
             loss(x, y - C - 1 + (C - y))
 
 
+LABEL_TYPES = [getattr(torch, kind) for kind in "uint8 int8 int16 int32 uint16 uint32 uint64".split()]
+
+
+@pytest.mark.parametrize("dtype", LABEL_TYPES, ids=str)
+@pytest.mark.parametrize("name", list_losses())
+def test_labels_may_be_integers_of_any_type(name, dtype):
+    "Labels and ids of images, in the loss and in its memory."
+    (x, y), ids, values = batch(), torch.arange(24), []
+    for kind in (torch.int64, dtype):
+        loss = build(name)
+        with_ids = (ids.to(kind),) if takes_ids(loss) else ()
+        for _ in range(2 if hasattr(loss, "remember") else 0):
+            loss.remember(x, y.to(kind), *with_ids)
+        torch.manual_seed(2)
+        values.append(loss(x + 0.1, y.to(kind), **dict(zip(["sample_ids"], with_ids))).item())
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("dtype", LABEL_TYPES, ids=str)
+def test_miners_references_memories_and_deviation_take_labels_of_any_type(dtype):
+    x, y = batch()
+    for miner in map(create_miner, list_miners()):
+        for refs in ((), (x, y)):
+            torch.manual_seed(2)
+            expected = miner(x, y, *refs)
+            torch.manual_seed(2)
+            found = miner(x, y.to(dtype), *(ref if ref is x else ref.to(dtype) for ref in refs))
+            assert all(map(torch.equal, found, expected))
+    loss, pairs = create_loss("contrastive"), to_indices(*match_masks(y))
+    assert loss(x, y.to(dtype), ref_emb=x, ref_labels=y.to(dtype)).equal(loss(x, y, ref_emb=x, ref_labels=y))
+    assert loss(x, y, indices_tuple=[part.to(dtype) for part in pairs]).equal(loss(x, y, indices_tuple=pairs))
+    memories = [create_loss("xbm", C, D, start_iteration=0) for _ in range(2)]
+    for memory, labels in zip(memories, (y, y.to(dtype))):
+        memory.remember(x, labels)
+    assert memories[0].memory_term(x, y).equal(memories[1].memory_term(x, y.to(dtype)))
+    queues = [ClassQueues(C, D) for _ in range(2)]
+    for queue, labels in zip(queues, (y, y.to(dtype))):
+        queue.enqueue(x, labels)
+    assert queues[0].mean.equal(queues[1].mean)
+    proxies = torch.randn(C, D)
+    assert deviation(x, y.to(dtype), proxies) == deviation(x, y, proxies)
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_a_trainer_may_scale_the_value_in_place(name):
+    "The trainers of pytorch-metric-learning multiply the value by a weight in this way."
+    x, y = batch()
+    x.requires_grad_()
+    loss, grads = fill(build(name)), []
+    for in_place in (False, True):
+        value = value_of(loss, x * 1, y)
+        if in_place:
+            value *= 0.5
+        else:
+            value = value * 0.5
+        grads.append(torch.autograd.grad(value, x)[0])
+    assert grads[0].equal(grads[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x.to_sparse(), "embeddings must be a dense tensor, got the layout torch.sparse_coo"),
+        (lambda x: x.to("meta"), "embeddings are on the device 'meta'"),
+        (lambda x: x.tolist(), "embeddings must be a tensor, got list"),
+        (lambda x: x * torch.nan, "NaN or infinity, first in row 0"),
+    ],
+)
+def test_embeddings_that_are_no_dense_numbers_are_named(change, message):
+    x, y = batch()
+    calls = [build("triplet"), build("cp_proxy_anchor"), create_miner("hard"), build("cp_proxy_anchor").remember]
+    for call in [*calls, build("prism").remember, build("xbm").remember, build("memvir").remember]:
+        with pytest.raises(ValueError, match=message):
+            call(change(x), y)
+
+
+@pytest.mark.parametrize("name", [["triplet"], ("triplet",), None, 5, {"triplet"}, torch.nn.Identity()], ids=str)
+def test_the_name_of_a_loss_is_a_string_or_a_dictionary(name):
+    with pytest.raises(ValueError, match="the name of a loss is a string, or {name: weight}"):
+        create_loss(name, C, D)
+
+
+@pytest.mark.parametrize(
+    "name, params, message",
+    [
+        ("contrastive", dict(preset=["pml"]), "unknown preset"),
+        ("contrastive", dict(variant=["pml"]), "unknown variant"),
+        ("contrastive", dict(miner=["hard"]), r"miner must have .* got \['hard'\]"),
+        ("contrastive", dict(miner=HardMiner), "pass a created miner"),
+        ("binomial_deviance", dict(variant=["paper"]), "unknown variant"),
+        ("cbml", dict(kind=["log"]), "unknown kind"),
+        ("ranked_list", dict(margin="a"), "margin must be a number, got 'a'"),
+        ("proxy_anchor", dict(delta="a"), "delta must be a number, got 'a'"),
+        ("proxy_anchor", dict(delta=float("nan")), "delta must be a number, got nan"),
+        ("cp_proxy_anchor", dict(delta=True), "delta must be a number, got True"),
+        ("smooth_proxy_anchor", dict(delta="a"), "delta must be a number"),
+        ("smooth_proxy_anchor", dict(conf_center=None), "conf_center must be a number, got None"),
+        ("xbm", dict(pair_params=5), "pair_params must be a dictionary, got 5"),
+        ("xbm", dict(pair_loss=["contrastive"]), "the name of a loss is a string"),
+        *[
+            (name, {key: [1]}, message)
+            for name in ("memvir", "proxy_synthesis", "hpl")
+            for key, message in (("host", "unknown host"), ("host_params", "host_params must be a dictionary, got"))
+        ],
+    ],
+)
+def test_parameters_of_a_wrong_type_are_named(name, params, message):
+    with pytest.raises(ValueError, match=message):
+        create_loss(name, C, D, **params)
+
+
+def test_names_of_a_wrong_type_are_named():
+    with pytest.raises(ValueError, match="unknown miner"):
+        create_miner(["hard"])
+    with pytest.raises(ValueError, match="unknown host"):
+        calibrate(["proxy_nca"], C, D)
+    with pytest.raises(ValueError, match="unknown loss"):
+        loss_parameters(["triplet"])
+
+
+def test_a_delta_below_0_is_possible():
+    x, y = batch()
+    assert build("proxy_anchor", delta=-0.1)(x, y) < build("proxy_anchor", delta=0.1)(x, y)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU present")
 @pytest.mark.parametrize("name", list_losses())
 def test_same_value_on_the_gpu(name):
@@ -624,6 +750,25 @@ def test_wrong_index_tuples_are_named(name, parts, word):
     x, y = batch()
     with pytest.raises(ValueError, match=word):
         build(name)(x, y, indices_tuple=tuple(torch.tensor([part]) for part in parts))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (5, "must be a tuple of vectors .* got int"),
+        (torch.zeros(3, 4), "got Tensor"),
+        ((1, 2, 3), "part 0 of indices_tuple must be a tensor, got int"),
+        ((torch.arange(3), torch.arange(2), torch.arange(3)), r"got the shapes \[\(3,\), \(2,\), \(3,\)\]"),
+        ((torch.zeros(3),) * 4, "must hold whole numbers, got .*float32"),
+        ((torch.zeros(3) > 0,) * 3, "must hold whole numbers, got .*bool"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", TAKE_INDEX_TUPLES)
+def test_what_is_no_index_tuple_is_named(name, given, message):
+    x, y = batch()
+    with pytest.raises(ValueError, match=message):
+        build(name)(x, y, indices_tuple=given)
 
 
 @pytest.mark.parametrize("params", [{}, dict(pairs="all")])

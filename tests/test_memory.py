@@ -13,6 +13,7 @@ from dml_nb.core.batch_memory import CrossBatchMemory
 from dml_nb.core.distributed import gather, own_rows
 from dml_nb.losses import create_loss, list_losses
 from dml_nb.losses.base import takes_ids
+from dml_nb.losses.memvir import QUEUE_BYTES
 from dml_nb.losses.pair_base import PairLoss
 from dml_nb.models.embedder import EmbeddingHead
 from dml_nb.training.learner import FeedMemory, dml_learner, feature_dls
@@ -278,3 +279,72 @@ def test_size_of_the_memory_for_stanford_online_products(dtype, expected):
         memory.enqueue(torch.randn(30_000, 512), torch.randint(0, 11_318, (30_000,)))
     assert memory.count == 55_000
     assert sum(b.numel() * b.element_size() for b in memory.buffers()) == pytest.approx(expected, rel=1e-3)
+
+
+# MemVir's bound
+
+
+def queue_bytes(loss):
+    return sum(b.numel() * b.element_size() for name, b in loss.named_buffers() if name.startswith("past_"))
+
+
+@pytest.mark.parametrize("dtype, steps", [("float32", 3), ("float16", 7)])
+def test_size_of_memvir_for_stanford_online_products(dtype, steps):
+    "The queue stays below its bound, also with the first batch, and takes no room before its start."
+    with pytest.warns(UserWarning, match="past steps in place of 45"):
+        loss = create_loss("memvir", 11_318, 512, start_epoch=1, queue_dtype=dtype)
+    x, y = torch.randn(150, 512), torch.randint(0, 11_318, (150,))
+    loss.remember(x, y)
+    assert queue_bytes(loss) == 0
+    loss.set_epoch(1)
+    for _ in range(12):
+        loss.remember(x, y)
+    assert len(loss.past_labels) == steps * 11 and queue_bytes(loss) <= QUEUE_BYTES
+    assert len(loss.virtual_classes()[1]) == 150
+
+
+def test_memvir_refuses_a_queue_that_cannot_hold_one_used_step():
+    with pytest.raises(
+        ValueError, match="with 100000 classes and gap=10, the queue of a single past step exceeds 1 GB"
+    ):
+        create_loss("memvir", 100_000, 512)
+    with pytest.warns(UserWarning, match="uses 1 past steps"):
+        create_loss("memvir", 100_000, 128, gap=10)
+
+
+def test_a_bounded_memvir_equals_one_with_fewer_steps(monkeypatch):
+    "Also where a larger batch makes the queue shorter: then both start anew."
+    monkeypatch.setattr("dml_nb.losses.memvir.QUEUE_BYTES", 3 * 2 * ((B + C) * D * 8 + B * 8))
+    bounded, short = (build_memvir(steps) for steps in (50, 3))
+    for x, y in steps(9):
+        assert bounded(x, y).item() == short(x, y).item()
+        for loss in (bounded, short):
+            loss.remember(x, y)
+    twin = build_memvir(50)
+    twin.load_state_dict(bounded.state_dict())
+    same_state(bounded, twin)
+    (x, y), *_ = steps(1, 3 * B)
+    bounded.remember(x, y)
+    assert (
+        len(bounded.past_labels) == 2 and bounded.count == 1 and queue_bytes(bounded) <= 3 * 2 * ((B + C) * D + B) * 8
+    )
+
+
+def build_memvir(steps):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return create_loss("memvir", C, D, steps=steps, gap=1, start_epoch=0).double()
+
+
+def test_a_stored_memvir_of_full_length_without_entries_still_loads():
+    "Before the queue was created with the first batch, it had its full length from the start."
+    loss, (x, y) = build("memvir"), next(steps(1))
+    state = loss.state_dict()
+    state |= dict(past_embeddings=torch.zeros(4, 0, D), past_labels=torch.zeros(4, 0).long())
+    loss.load_state_dict(state | dict(past_proxies=torch.zeros(4, C, D)))
+    fresh = build("memvir")
+    for x, y in steps(7):
+        assert loss(x, y).item() == fresh(x, y).item()
+        for each in (loss, fresh):
+            each.remember(x, y)

@@ -376,7 +376,8 @@ def test_far_images_of_other_classes_change_nothing(part, count):
         (dict(labels=torch.arange(3)), r"labels must have shape \(4,\)"),
         (dict(labels=torch.arange(4)), "no query has an image of its class"),
         (dict(embeddings=torch.tensor([[1.0], [2], [math.nan], [math.inf]])), "NaN or infinity, first in row 2"),
-        (dict(embeddings=torch.ones(4)), r"shape \(N, D\)"),
+        (dict(embeddings=torch.ones(4)), r"shape \(N, D\), got \(4,\): write x\[None\] for a single embedding"),
+        (dict(embeddings=torch.ones(4, 2, 1)), r"shape \(N, D\), got \(4, 2, 1\): flatten or pool"),
         (dict(embeddings=torch.ones(4, 2).long()), "floating point"),
         (dict(embeddings=torch.ones(0, 2), labels=torch.ones(0).long()), "cannot evaluate 0 queries"),
         (dict(embeddings=torch.ones(1, 2), labels=torch.ones(1).long()), "against 0 gallery images"),
@@ -397,6 +398,19 @@ def test_far_images_of_other_classes_change_nothing(part, count):
         (dict(ties="best"), "unknown rule for ties"),
         (dict(ties="optimist"), "did you mean 'optimistic'"),
         (dict(extra=("mrr",)), "did you mean 'MRR'"),
+        (dict(extra="mrr"), "unknown extra metric 'mrr': did you mean 'MRR'"),
+        (dict(embeddings=None), "query must be a tensor or an array, got NoneType: pass what the model returned"),
+        (dict(embeddings=[[1.0], [2.0], [3.0], [4.0]]), r"got list: .* np.array\(\.\.\.\) of a list"),
+        (dict(embeddings=pd.DataFrame(np.eye(4))), r"got DataFrame: .* np.array\(\.\.\.\) of a .* table"),
+        (dict(embeddings=torch.ones(4, 2).to_sparse()), r"query must be a dense tensor.*call .to_dense\(\)"),
+        (dict(embeddings=torch.ones(4, 2).to_sparse_csr()), r"query must be a dense tensor.*call .to_dense\(\)"),
+        (dict(embeddings=torch.ones(4, 2, device="meta")), "query must hold numbers, and the device 'meta' holds none"),
+        (dict(embeddings=torch.ones(4, 2).to(torch.float8_e4m3fn)), "convert it to float32"),
+        (dict(gallery=3.0, gallery_labels=[1]), "gallery must be a tensor or an array, got float"),
+        (dict(labels=torch.ones(4, device="meta").long()), "labels must hold numbers"),
+        (dict(labels=torch.ones(4).long().to_sparse()), r"labels must be a dense tensor.*call .to_dense\(\)"),
+        (dict(labels=np.array([True, False, True, False])), "got bool such as True: number them with"),
+        (dict(labels=[]), r"labels must have shape \(4,\)"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(change, message):
@@ -418,10 +432,15 @@ def test_labels_may_be_lists_arrays_or_encoded_names():
         table["label"],
         table["label"].astype("Int64"),
         y.numpy().astype(np.uint16),
+        y.numpy().astype(">i8"),
+        np.ascontiguousarray(y.numpy()[::-1])[::-1],
+        *(y.to(dtype) for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64)),
     ):
         assert evaluate(x, labels, with_nmi=False) == expected
     encoded, names = encode_labels([f"class {i}" for i in y.tolist()])
     assert evaluate(x, encoded, with_nmi=False) == expected and names == sorted(names)
+    with pytest.raises(ValueError, match="of one type, got float and str: fill in missing names"):
+        encode_labels(["a", math.nan, "b"])
 
 
 def test_embeddings_may_be_arrays_memory_maps_or_carry_gradients(tmp_path):
@@ -431,6 +450,64 @@ def test_embeddings_may_be_arrays_memory_maps_or_carry_gradients(tmp_path):
     for same in (x.numpy(), np.load(tmp_path / "x.npy", mmap_mode="r"), x.clone().requires_grad_()):
         assert evaluate(same, y, extra=("distances", "spectrum")) == expected
         assert per_query(same, y.numpy())["R@1"].mean() == expected["R@1"]
+
+
+def test_arrays_in_any_memory_layout_give_the_same_metrics():
+    x, y = DATA["clustered"]
+    a, expected = x.numpy(), evaluate(x, y, with_nmi=False)
+    record = np.zeros(len(a), [("id", "i1"), ("vector", "f4", a.shape[1])])
+    record["vector"] = a
+    read_only = a.copy()
+    read_only.setflags(write=False)
+    with torch.inference_mode():
+        inference = x.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (
+            np.ascontiguousarray(a[::-1])[::-1],
+            np.ascontiguousarray(a[:, ::-1])[:, ::-1],
+            a.astype(">f4"),
+            a.astype(np.longdouble),
+            np.asfortranarray(a),
+            record["vector"],
+            read_only,
+            inference,
+            np.array(a.tolist()),
+            np.array(list(a)),
+            np.array(pd.DataFrame(a)),
+            x.to_sparse().to_dense(),
+        ):
+            assert evaluate(same, y, with_nmi=False) == expected
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-20, 1e-30, 1e-37, 1e-300, 1e15])
+def test_the_length_of_an_embedding_does_not_matter(scale):
+    x, y = DATA["clustered"]
+    dtype = torch.float32 if scale > 1e-38 else torch.float64
+    some = torch.where(torch.arange(len(x)) % 3 == 0, torch.tensor(scale, dtype=dtype), 1)[:, None]
+    expected = evaluate(x, y, extra=("distances", "spectrum", "between-class cosine", "MRR"))
+    for same in (x.to(dtype) * scale, x.to(dtype) * some):
+        got = evaluate(same, y, extra=("distances", "spectrum", "between-class cosine", "MRR"))
+        assert got == pytest.approx(expected, abs=2e-6)
+
+
+def test_one_name_needs_no_list():
+    x, y = DATA["clustered"]
+    assert "MRR" in evaluate(x, y, extra="MRR", with_nmi=False)
+    assert list(rerank_report(x, y, methods="query_expansion").index) == ["plain", "query_expansion"]
+    assert list(cluster_agreement(x, y, "NMI")) == ["NMI"]
+    with pytest.raises(ValueError, match="unknown agreement of clusters 'nmi': did you mean 'NMI'"):
+        cluster_agreement(x, y, "nmi")
+
+
+@pytest.mark.parametrize("images", [2, 3, 6, 15])
+def test_defaults_work_for_a_few_images(images):
+    x, y = torch.randn(images, 8, generator=torch.Generator().manual_seed(0)), torch.arange(images) // 2
+    report = rerank_report(x, y)
+    assert len(report) == 5 and report.notna().all(axis=None)
+    assert len(rerank_report(x[:1], y[:1], x, y)) == 5
+    assert len(intervals(per_query(x, y), draws=10)) == 7
+    evaluate(x, y, recall_at=(1, 1000), extra=("MRR", "AMI", "distances", "spectrum", "between-class cosine"))
 
 
 def test_depths_may_be_a_number_or_anything_that_holds_some():

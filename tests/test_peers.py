@@ -227,3 +227,45 @@ def test_manifold_agrees():
         ours.meta[:] = torch.arange(C)
         ours.meta_proxies.data = theirs.proxies.detach().clone()
         assert ours(x, y).item() == pytest.approx(theirs(x, indices_tuple=y).item(), rel=1e-5)
+
+
+THEIR_MINERS = {
+    "pairs": lambda: miners.MultiSimilarityMiner(0.1),
+    "triplets": lambda: miners.TripletMarginMiner(0.1, "semihard"),
+    "hard": lambda: miners.BatchHardMiner(),
+}
+
+
+@pytest.mark.parametrize("miner", THEIR_MINERS)
+@pytest.mark.parametrize("name", ["contrastive", "triplet", "multi_similarity", "margin", "circle", "cbml"])
+def test_our_losses_take_their_miners(name, miner):
+    "As if the user had called the miner, also with references and inside a sum."
+    rule = dict(rule="all") if name in ("triplet", "margin") else {}  # their own rule draws at random
+    mine, plain = THEIR_MINERS[miner](), create_loss(name, **rule)
+    loss = create_loss(name, miner=mine, **rule)
+    for x, y in batches():
+        x = x.clone().requires_grad_()
+        assert_agreement(loss, lambda x, y: plain(x, y, indices_tuple=mine(x, y)), x, y)
+        references = dict(ref_emb=x.detach().flip(0) + 0.1, ref_labels=y.flip(0))
+        expected = plain(x, y, indices_tuple=mine(x, y, *references.values()), **references)
+        assert loss(x, y, **references).item() == pytest.approx(expected.item(), rel=1e-10)
+    both = create_loss({name: 1.0, "proxy_anchor": 0.0}, **SIZES, **{name: dict(miner=mine, **rule)})
+    assert both(x, y).item() == pytest.approx(loss(x, y).item(), rel=1e-6)
+
+
+def test_their_miner_cannot_mine_a_memory_and_says_so():
+    with pytest.raises(ValueError, match="MultiSimilarityMiner cannot mine a memory: choose a miner from list_miners"):
+        create_loss("xbm", **SIZES, pair_params=dict(miner=miners.MultiSimilarityMiner()))
+    sim = torch.eye(4)
+    with pytest.raises(ValueError, match="MultiSimilarityMiner needs embeddings"):
+        create_loss("contrastive", miner=miners.MultiSimilarityMiner()).from_similarities(sim, sim > 0, sim <= 0)
+
+
+def test_their_memory_takes_our_losses_and_our_miners():
+    for x, y in batches():
+        for miner in ("multi_similarity", "hard"):
+            ours = losses.CrossBatchMemory(create_loss("contrastive", variant="pml"), D, 50, create_miner(miner))
+            theirs = losses.CrossBatchMemory(losses.ContrastiveLoss(), D, 50, create_miner(miner))
+            for _ in range(3):
+                values = ours(x, y), theirs(x, y)
+                assert values[0].item() == pytest.approx(values[1].item(), rel=1e-9)

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dml_nb.experiments.example_runs import example_result
+from dml_nb.experiments.plots import plot_recall
+from dml_nb.experiments.recipes import settings_for
 from dml_nb.experiments.report import style_table, to_html, to_markdown, write_report
 from dml_nb.experiments.report_tables import (
     CLAIMED_BLOCK,
     OWN_BLOCK,
     RANK_COLUMN,
+    describe_runs,
     means_over_seeds,
     report_sections,
     side_by_side,
@@ -52,13 +55,13 @@ def write_run(
     curve["R@1"] = recall - 0.02 * 0.5**curve.epoch + 0.003 * np.sin(seed + curve.epoch)
     curve["MAP@R"], curve["R@2"] = curve["R@1"] / 3, curve["R@1"] + 0.1
     curve["deviation"] = np.where(curve.epoch < start, 1.2, 1.8 - 0.9 * weight) + 0.01 * seed
-    measured = curve.drop(columns="train_loss")
-    result |= dict(best=measured.loc[int(curve["R@1"].idxmax())].to_dict(), last=measured.iloc[-1].to_dict())
+    lines = curve.drop(columns="train_loss").to_dict("records")
+    result |= dict(best=lines[curve["R@1"].idxmax()], last=lines[-1])
     name = re.sub("[^a-z0-9]+", "-", json.dumps(changes).lower())
     folder = out / result["row"] / name / f"seed{seed}"
     folder.mkdir(parents=True)
     del result["folder"]
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
     curve.to_csv(folder / "history.csv", index=False)
     return result | dict(folder=str(folder))
 
@@ -211,7 +214,98 @@ def test_losses_without_claimed_values_are_ranked(tmp_path):
     ranks = table.xs(RANK_COLUMN, axis=1, level=1).iloc[:, 0].droplevel(["section", "claimed setting", "changed"])
     assert ranks.to_dict() == {"circle": "2", "proxy_anchor": "1", "contrastive": "3"}
     paths = write_report(results, tmp_path / "report")
-    assert "claimed |" not in paths[0].read_text() and order_agreement(results).empty and len(paths) > 5
+    assert "claimed |" not in paths[0].read_text(encoding="utf-8") and order_agreement(results).empty and len(paths) > 5
+
+
+def own_folder(path: Path) -> dict:
+    "A folder of one's own as the place of a run."
+    path.mkdir(parents=True)
+    return dict(dataset=str(path), backbone="small_cnn", regime="finetune")
+
+
+def test_own_data_have_a_section_of_their_name_with_ranks_and_without_claims(tmp_path):
+    birds, runs = own_folder(tmp_path / "birds"), tmp_path / "runs"
+    for seed in range(3):
+        write_run(runs, "002-IV/cub-circle-loss", seed, 0.5, place=birds)
+        write_run(runs, "002-II/cub-cp-pa-k-3", seed, 0.7 + 0.01 * seed, place=birds)
+        write_run(runs, "own/contrastive", seed, 0.6, place=birds)
+        write_run(runs, "own/contrastive", seed, 0.65, place=birds, lr=0.5)
+    (section,) = report_sections(load_results(runs))
+    assert section.title == "birds, 512-d" and not section.sentences
+    assert set(section.beside.columns.get_level_values(0)) == {"ours: birds, small_cnn, finetune"}
+    ranks = section.beside.xs("rank", axis=1, level=1).iloc[:, 0].droplevel(["section", "claimed setting"])
+    assert ranks.to_dict() == {
+        ("CP + PA K=3", ""): "1",
+        ("contrastive", "lr=0.5"): "2",
+        ("contrastive", ""): "3",
+        ("Circle loss", ""): "4",
+    }
+    assert len(section.tests) == 6
+    text = to_markdown(load_results(runs)).split("## ")[1:]
+    assert len(text) == 1 and "claimed" not in text[0] and "cub" not in text[0] and "002" not in text[0]
+    names = [path.name for path in write_report(load_results(runs), tmp_path / "report")]
+    assert not [name for name in names if "claimed" in name]
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("font-weight: bold") == 1 and "Measured values: birds, 512-d" in page
+
+
+def test_a_folder_called_cub_is_not_cub(tmp_path):
+    write_run(tmp_path / "runs", "002-II/cub-cp-pa-k-3", place=own_folder(tmp_path / "cub"))
+    write_run(tmp_path / "runs", "002-II/cub-cp-pa-k-3")
+    own, table = report_sections(load_results(tmp_path / "runs"))[::-1]
+    assert (table.title, own.title) == ("002-II, cub, 512-d", "cub, 512-d")
+    assert CLAIMED_BLOCK in table.beside and CLAIMED_BLOCK not in own.beside
+    assert set(own.beside.index.get_level_values("claimed setting")) == {""}
+
+
+def test_two_folders_of_one_name_are_not_ranked_together(tmp_path):
+    for folder, checksum in (("here", "d1"), ("there", "d2")):
+        birds = own_folder(tmp_path / folder / "birds")
+        result = write_run(tmp_path / "runs" / folder, "own/circle", place=birds)
+        path = Path(result.pop("folder")) / "result.json"
+        path.write_text(json.dumps(result | dict(data_checksum=checksum)), encoding="utf-8")
+    results = load_results([tmp_path / "runs" / "here", tmp_path / "runs" / "there"])
+    assert [part.title for part in report_sections(results)] == ["birds d1, 512-d", "birds d2, 512-d"]
+    assert {ax.get_title() for ax in plot_recall(results).axes} == {
+        f"birds {checksum}, small_cnn, finetune, 512-d" for checksum in ("d1", "d2")
+    }
+
+
+def test_own_data_rank_one_computation_once_and_name_two_of_one_name_apart(tmp_path):
+    birds = own_folder(tmp_path / "birds")
+    same = ("002-III/cub-proxy-anchor", "002-IV/cub-proxy-anchor")
+    for row in (*same, "002-II/cub-cp-pa-k-3"):
+        write_run(tmp_path / "runs", row, 0, 0.7 if row in same else 0.6, place=birds)
+    settings = [settings_for(row_of(row), **birds) for row in same]
+    assert settings[0] == settings[1]
+    (section,) = report_sections(load_results(tmp_path / "runs"))
+    assert section.beside.xs("rank", axis=1, level=1).iloc[:, 0].tolist() == ["2", "1"]
+    write_run(tmp_path / "other", "002-III/cub-proxy-anchor", 0, 0.5, place=birds, lr=0.5)
+    write_run(tmp_path / "other", "002-IV/cub-proxy-anchor", 0, 0.6, place=birds)
+    (section,) = report_sections(load_results(tmp_path / "other"))
+    names = section.beside.index.droplevel(["section", "claimed setting"]).tolist()
+    assert names == [("Proxy Anchor, 002-III", "lr=0.5"), ("Proxy Anchor, 002-IV", "")]
+
+
+def test_a_run_that_skipped_unreadable_files_is_not_changed(tmp_path):
+    write_run(tmp_path, "002-II/cub-cp-pa-k-3", 0, on_corrupt="skip")
+    write_run(tmp_path, "002-II/cub-cp-pa-k-3", 1)
+    (section,) = report_sections(load_results(tmp_path))
+    assert section.title == "002-II, cub, 512-d" and len(section.beside) == 1
+
+
+def test_runs_outside_git_are_not_counted_as_a_commit(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "002-II/cub-cp-pa-k-3", seed, commit="not a git checkout")
+    text = describe_runs(load_results(tmp_path))
+    assert "0 commits, 0 of them with uncommitted changes; 2 results of a package outside a git checkout" in text
+    assert "0 lines with seeds of more than one commit" in text
+
+
+def test_results_are_reported_from_inside_their_folder(tmp_path, monkeypatch):
+    write_run(tmp_path, "002-II/cub-cp-pa-k-3")
+    monkeypatch.chdir(next(tmp_path.glob("*/*/*")))
+    assert len(write_report(load_results("."), tmp_path / "report")) > 4
 
 
 def test_every_metric_that_a_table_claims_is_shown(tmp_path):
@@ -229,10 +323,10 @@ def test_every_row_keeps_its_claimed_values_and_has_no_difference_in_another_set
         table = side_by_side([result], metrics=tuple(row.claimed))
         for metric, value in row.claimed.items():
             if (CLAIMED_BLOCK, metric) in table:
-                assert table[CLAIMED_BLOCK, metric].tolist() == [value]
+                assert row.dataset == "cub" and table[CLAIMED_BLOCK, metric].tolist() == [value]
         assert not [c for c in table if "difference" in c[1]]
     numbers = means_over_seeds(results)
-    assert set(numbers.row) == {row.id for row in rows} and numbers.difference.isna().all()
+    assert set(numbers.row) >= {row.id for row in rows if row.dataset == "cub"} and numbers.difference.isna().all()
     two_tables = [r for r in results if r["table"] in ("002-III", "002-V") and "/cub-" in r["row"]]
     paths = write_report(two_tables, tmp_path / "report", "two tables")
     assert all(path.stat().st_size > 100 for path in paths)
@@ -291,14 +385,18 @@ def test_command_writes_every_format_and_names_bad_files(shell, tmp_path):
             "was written by dml_nb 99.0",
         ),
     ):
-        bad.write_text(text)
+        bad.write_text(text, encoding="utf-8")
         assert word in shell("report", "II", status=1)
     bad.unlink()
     bad.write_text(
-        json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(last={"epoch": 0, "R@1": "x", "MAP@R": 0.1}))
+        json.dumps(load_results(tmp_path / "runs", "II")[0] | dict(last={"epoch": 0, "R@1": "x", "MAP@R": 0.1})),
+        encoding="utf-8",
     )
     output = shell("report", "II", status=1)
-    assert "bad/seed0/result.json is damaged: last.R@1 is not a number" in output and "run its row again" in output
+    assert (
+        "bad/seed0/result.json is damaged: last.R@1 must be a number, got 'x'" in output
+        and "run its row again" in output
+    )
 
 
 BROWSER = next(
@@ -312,13 +410,13 @@ def test_page_sorts_by_number_in_a_browser(tmp_path):
         for seed in range(2):
             write_run(tmp_path / "runs", f"002-II/cub-{name}", seed, recall)
     page = next(p for p in write_report(load_results(tmp_path / "runs"), tmp_path) if p.suffix == ".html")
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
 
     def order(clicks: int) -> list[str]:
         heads = "[...document.querySelectorAll('table.sortable th')]"
         find = f"const head = {heads}.find(h => h.innerText.includes('R@1 last'));"
         click = ";{" + find + "head.click();" * clicks + "}"
-        page.write_text(text.replace("</script>", click + "</script>"))
+        page.write_text(text.replace("</script>", click + "</script>"), encoding="utf-8")
         command = [
             BROWSER,
             "--headless",
@@ -328,7 +426,7 @@ def test_page_sorts_by_number_in_a_browser(tmp_path):
             "--dump-dom",
             page.as_uri(),
         ]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        dom = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120).stdout
         table = next(part for part in dom.split("</table>") if "R@1 last" in part)
         return re.findall(r"<td[^>]*>CP \+ PA (K=\d)</td>", table)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dml_nb
-from dml_nb.experiments import recipes as recipes_module
+from dml_nb.experiments import batch
 from dml_nb.experiments import tables as tables_module
 from dml_nb.experiments.provenance import contradictions, describe, explain
 from dml_nb.experiments.recipes import (
@@ -31,6 +31,7 @@ from dml_nb.experiments.tables import (
     row_of,
     rows_from_lines,
     slug,
+    why_not_here,
     why_not_runnable,
 )
 from dml_nb.losses import create_loss, list_losses
@@ -76,8 +77,9 @@ def test_every_cell_stands_in_exactly_one_row_unchanged():
     assert sum(value == "-" for row in all_rows().values() for value in row.claimed.values()) == 42
 
 
-def test_113_rows_are_printed_in_thirteen_tables():
+def test_113_rows_are_printed_in_thirteen_tables(monkeypatch):
     "Printed rows for each table of the three sources."
+    monkeypatch.setattr(tables_module, "why_no_weights", lambda backbone: None)
     printed = {row.printed: row.table for row in all_rows().values()}
     expected = {"000-T1": 12, "000-T2": 9, "000-T3": 6, "000-T4": 7, "000-T5": 6, "000-T6": 7, "001-T1": 7, "001-T2": 6}
     expected |= {"002-I": 6, "002-II": 10, "002-III": 13, "002-IV": 13, "002-V": 11}
@@ -242,7 +244,7 @@ def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatc
     monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
     output = shell("rows", "II")
     assert (
-        output.count("not on this machine") == 1
+        output.count("not on this machine") == 2  # cub and cars
         and sentence in output
         and "unpack CUB_200_2011.tgz" in shell("data", "cub", status=1)
     )
@@ -251,6 +253,22 @@ def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatc
     for name in ("images.txt", "image_class_labels.txt"):
         (tmp_path / "CUB_200_2011" / name).touch()
     assert sentence not in shell("rows", "II")
+
+
+def test_a_row_whose_weights_cannot_be_had_does_not_count_as_one_that_can_run(monkeypatch):
+    monkeypatch.setattr(tables_module, "why_no_weights", lambda backbone: "download them" * (backbone != "resnet50"))
+    rows = [row_of(id) for id in ("002-II/cub-cp-pa-k-3", "000-T3/cub-cbml-log-resnet50", "001-T1/cub-htl")]
+    reasons = [why_not_here(row) for row in rows]
+    assert reasons[:2] == ["the weights of bn_inception cannot be had", None] and "not built" in reasons[2]
+    assert count_printed_rows(rows[:1])[1:] == (0, 0) and count_printed_rows(rows[1:2])[1] == 1
+    assert why_not_here(rows[0], backbone="resnet50") is None and why_not_runnable(rows[0]) is None
+
+
+def test_the_page_of_a_row_tells_how_to_get_its_weights(monkeypatch):
+    from dml_nb.experiments import provenance
+
+    monkeypatch.setattr(provenance, "why_no_weights", lambda backbone: f"download {backbone}.pth elsewhere")
+    assert "cannot run  download bn_inception.pth elsewhere" in describe(row_of("002-II/cub-cp-pa-k-3"))
 
 
 @pytest.mark.parametrize(
@@ -336,15 +354,6 @@ def test_on_glyphs_all_methods_train_alike():
             assert different <= {"loss", "params", "per_class"} and settings.get("per_class") in (None, 5)
 
 
-@pytest.fixture
-def with_all_data(monkeypatch):
-    "As if readers for all benchmarks existed."
-    from dml_nb.data import list_datasets
-
-    for module in (tables_module, recipes_module):
-        monkeypatch.setattr(module, "list_datasets", lambda: [*list_datasets(), "cars", "sop", "inshop"])
-
-
 @pytest.mark.parametrize(
     "id, expected",
     [
@@ -365,13 +374,13 @@ def with_all_data(monkeypatch):
         ("001-T2/inshop-margin", dict(recall_at=[1, 10, 20, 30, 40, 50], lr=6e-4, per_class=5)),
     ],
 )
-def test_a_source_own_training_wins_over_what_proxy_anchor_wants_of_a_data_set(with_all_data, id, expected):
+def test_a_source_own_training_wins_over_what_proxy_anchor_wants_of_a_data_set(id, expected):
     settings = settings_for(row_of(id))
     found = settings | settings["params"]
     assert {key: found.get(key, "unset") for key in expected} == expected
 
 
-def test_what_proxy_anchor_says_of_a_data_set_is_a_guess_for_others(with_all_data):
+def test_what_proxy_anchor_says_of_a_data_set_is_a_guess_for_others():
     margin, proxy_anchor = explain(row_of("001-T2/sop-margin")), explain(row_of("002-III/sop-proxy-anchor"))
     assert margin.loc[["lr", "gamma", "frozen_bn"], "guess"].all() and not margin.loc["recall_at", "guess"]
     assert not proxy_anchor.loc[["lr", "gamma", "frozen_bn"], "guess"].any()
@@ -456,6 +465,12 @@ def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
     [
         (dict(recall_at=5), "recall_at must be a list of whole numbers, got 5"),
         (dict(recall_at=["1"]), "recall_at must be a whole number, got '1'"),
+        (dict(recall_at=[2, 4]), "recall_at must begin with 1, got [2, 4]: --set recall_at=[1,2,4]"),
+        (dict(recall_at=[4, 1]), "--set recall_at=[1,4]"),
+        (dict(dataset=""), "--dataset is empty: give a name, or leave out --dataset"),
+        (dict(dataset=" "), "--dataset is empty"),
+        (dict(backbone=""), "--backbone is empty"),
+        (dict(regime=""), "unknown regime ''"),
         (dict(epochs=2.5), "epochs must be a whole number, got 2.5"),
         (dict(epochs="many"), "epochs must be a whole number, got 'many'"),
         (dict(batch_size=None), "batch_size must be a whole number, got None"),
@@ -477,7 +492,7 @@ def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
         (dict(capacity=0), "at least 1, got 0"),
         (dict(regime="frozn"), "did you mean 'frozen'"),
         (dict(dataset="cub200"), "did you mean 'cub'"),
-        (dict(dataset="cars"), "other data as a folder with a folder for each class: --dataset PATH"),
+        (dict(dataset="dogs"), "The path of a folder of class folders or of a CSV file works too"),
         (dict(backbone="resnt50"), "did you mean 'resnet50'"),
     ],
 )
@@ -497,11 +512,19 @@ def test_values_that_do_not_fit_each_other_are_refused():
         check_setting_names([hpl], ["backbone"])
 
 
-def test_a_data_set_without_a_reader_says_what_can_be_given(shell):
-    output = shell("run", "II", "--dataset", "cars", status=1)
-    assert (
-        "'cars' is not available" in output
-        and "Readers exist for" in output
-        and "glyphs" in output
-        and "--dataset PATH" in output
-    )
+@pytest.mark.parametrize("name", ["/no/such/folder", "~/no/such/folder", "./nothing"])
+def test_a_folder_that_is_not_there_is_called_absent(shell, name):
+    assert "does not exist: check the path" in shell("run", "II", "--dataset", name, status=1)
+
+
+def test_a_file_given_as_data_is_called_a_file(shell, tmp_path):
+    (tmp_path / "pictures.zip").touch()
+    assert "is a file, not a folder" in shell("run", "II", "--dataset", "pictures.zip", status=1)
+
+
+def test_rows_whose_data_are_missing_are_left_out_of_a_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
+    rows = [row_of("own/circle"), row_of("002-II/cub-cp-pa-k-3")]
+    assert batch._runnable(rows, None, None) == rows[:1]
+    assert "left out: 002-II/cub-cp-pa-k-3: cub is not on this machine: `dml_nb data cub`" in capsys.readouterr().out
+    assert batch._runnable(rows[1:], None, None) == rows[1:] and capsys.readouterr().out == ""

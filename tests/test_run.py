@@ -4,12 +4,15 @@ import json
 import signal
 import subprocess
 import time
+from io import BytesIO
 from pathlib import Path
 from shutil import copytree
 
 import pandas as pd
 import pytest
 import torch
+
+from dml_nb.experiments import batch
 
 TINY = ["--backbone", "small_cnn", "--set", "embedding_size=32", "--set", "batch_size=24", "--set", "lr=0.001"]
 
@@ -18,11 +21,13 @@ def test_a_run_writes_its_files_and_is_skipped_the_second_time(dml_nb, shell, gl
     args = ["run", "CP + PA K=3", "--dataset", glyph_folder, *TINY, "--set", "epochs=2"]
     assert "1 done, 0 failed" in dml_nb(*args)
     (result_file,) = dml_nb.folder.glob("runs/002-II/cub-cp-pa-k-3/letters-small_cnn-finetune-*/seed0/result.json")
-    folder, result = result_file.parent, json.loads(result_file.read_text())
+    folder, result = result_file.parent, json.loads(result_file.read_text(encoding="utf-8"))
     assert {"params.json", "result.json", "history.csv", "run.ipynb", "gallery.png"} <= {
         p.name for p in folder.iterdir()
     }
     assert not list(folder.glob("*.tmp*")) and not (folder / "checkpoint.pt").exists()
+    assert {"best.safetensors", "last.safetensors"} <= {p.name for p in folder.iterdir()}
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # the umask decides, also for the weights
     assert {
         "row",
         "settings",
@@ -37,9 +42,12 @@ def test_a_run_writes_its_files_and_is_skipped_the_second_time(dml_nb, shell, gl
         "data_checksum",
     } <= set(result)
     assert result["claimed"]["R@1"] == "69.8" and result["own_setting"] is False
+    assert (result["own_data"], result["train_images"], result["test_images"]) == ("letters", 72, 72)
+    assert result["peak_device_memory_mb"] is None or torch.cuda.is_available()
     assert len(pd.read_csv(folder / "history.csv")) == 2
     written = result_file.stat().st_mtime_ns
-    assert "done before" in shell(*args) and result_file.stat().st_mtime_ns == written
+    for again in (args, [*args, "--skip-corrupt"]):  # all images can be read, so there is nothing to skip
+        assert "finished before: skipped" in shell(*again) and result_file.stat().st_mtime_ns == written
     table = shell("report", "II")
     assert "CP + PA K=3" in table and "other setting" in table
     assert {".md", ".csv", ".html"} <= {p.suffix for p in (dml_nb.folder / "runs").glob("report-II*")}
@@ -54,7 +62,7 @@ def test_an_interrupted_run_has_no_result_and_is_resumed(dml_nb, shell, glyph_fo
         env=dml_nb.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     checkpoints, deadline = [], time.monotonic() + 120
@@ -68,12 +76,12 @@ def test_an_interrupted_run_has_no_result_and_is_resumed(dml_nb, shell, glyph_fo
     # the interrupted kernel may print a traceback of its own, but none may come from the command
     assert "dml_nb/face/cli" not in output and "papermill/" not in output
     folder = checkpoints[0].parent
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, encoding="utf-8").stdout
     assert not [line for line in processes.splitlines() if "ipykernel" in line and str(dml_nb.folder) in line]
     assert not (folder / "result.json").exists() and not list(folder.glob("*.ipynb"))
-    before = torch.load(checkpoints[0], weights_only=True)["history"]
+    before = torch.load(BytesIO(checkpoints[0].read_bytes()[32:]), weights_only=True)["history"]  # after its hash
     assert 0 < len(before) < 8
-    shell(*args)
+    assert f"resumes after epoch {len(before) - 1}: {len(before)} of 8 epochs were finished before" in shell(*args)
     after = pd.read_csv(folder / "history.csv")
     assert after.epoch.tolist() == list(range(8))
     assert after.train_seconds[: len(before)].tolist() == pytest.approx(
@@ -97,9 +105,18 @@ def test_an_interrupted_run_has_no_result_and_is_resumed(dml_nb, shell, glyph_fo
             ["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--regime", "frosen"],
             "did you mean 'frozen'",
         ),
-        (["run", "CP + PA", "--dataset", "./nothing/here", "--backbone", "small_cnn"], "'./nothing/here'"),
-        (["run", "CP + PA", "--dataset", "cars"], "'cars' is not available"),
+        (["run", "CP + PA", "--dataset", "./nothing/here", "--backbone", "small_cnn"], "nothing/here does not exist"),
         (["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--seeds", "a"], "--seeds"),
+        (["run", "CP + PA", "--dataset", "", "--backbone", "small_cnn"], "--dataset is empty: give a name"),
+        (["run", "CP + PA", "--dataset", "glyphs", "--backbone", ""], "--backbone is empty"),
+        (
+            ["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--seeds", str(2**64)],
+            "seed must be less than 2**64",
+        ),
+        (
+            ["run", "CP + PA", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "recall_at=[2,4]"],
+            "--set recall_at=[1,2,4]",
+        ),
         (
             ["run", "CP + PA K=3", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "proxies_per_class=0"],
             "proxies_per_class must be at least 1",
@@ -119,6 +136,12 @@ def test_an_interrupted_run_has_no_result_and_is_resumed(dml_nb, shell, glyph_fo
 def test_bad_input_is_one_clear_sentence(shell, args, message):
     assert message in shell(*args, status=1)
     assert not Path("runs").exists()
+
+
+def test_weights_that_cannot_be_had_are_named_before_a_notebook_starts(shell, glyph_folder, monkeypatch):
+    monkeypatch.setattr(batch, "why_no_weights", lambda backbone: "download weights.pth elsewhere and put it there")
+    output = shell("run", "Proxy Anchor", "--dataset", glyph_folder, "--backbone", "resnet18", status=1)
+    assert "resnet18 cannot be trained here: download weights.pth elsewhere" in output and "[1/1]" not in output
 
 
 @pytest.fixture
@@ -142,6 +165,9 @@ def test_a_run_can_skip_unreadable_images(shell, damaged):
     args = ["run", "Proxy Anchor", "--dataset", folder, *TINY, "--set", "epochs=1"]
     assert truncated.name in shell(*args, status=1)
     assert "1 done" in shell(*args, "--skip-corrupt")
+    (file,) = Path("runs").glob("**/result.json")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert "on_corrupt" not in result["settings"] and result["train_images"] + result["test_images"] == 143
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dml_nb.core.similarity import unit
+from dml_nb.retrieval import exact_search
 from dml_nb.retrieval.exact_scores import METRICS, as_embeddings
 from dml_nb.retrieval.exact_search import search
 from dml_nb.retrieval.low_precision import filter_dtype
@@ -251,6 +253,41 @@ def test_faiss_is_optional(monkeypatch):
         search(x, x, 3, backend="faiss")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_search_ranks_rows_of_any_length(way):
+    x = make("clusters", 200, 16, 0)
+    expected = search(x, x, 9, exclude_self=True)
+    for scale in (1e-13, 1e-30, 1e-37):
+        some = torch.where(torch.arange(200) % 2 == 0, scale, 1.0)[:, None]
+        scores, ids = search(x * some, x * some, 9, exclude_self=True, **way)
+        assert torch.allclose(scores, expected[0], atol=3e-6)
+        assert (ids == expected[1]).float().mean() > 0.99  # neighbours whose scores are nearly equal may change places
+
+
+@pytest.mark.parametrize("metric", ["inner", "euclidean"])
+def test_scores_that_all_underflow_are_refused(metric):
+    x = make("random", 50, 8, 0).double()
+    search(torch.zeros(3, 8), torch.zeros(5, 8), 2, metric=metric)
+    with pytest.raises(ValueError, match="underflow float32: scale them"):
+        search(x * 1e-50, x * 1e-50, 3, metric=metric)
+    expected = search(x, x, 3, metric=metric)[1]
+    scaled = x * 1e-50 / (x * 1e-50).norm()
+    assert torch.equal(search(scaled, scaled, 3, metric=metric)[1], expected)
+
+
+def test_a_gallery_on_a_gpu_is_searched_by_faiss_for_the_cpu(monkeypatch):
+    "faiss-cpu has the functions for GPUs, but they end in a NameError."
+    faiss = pytest.importorskip("faiss")
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), metric="cosine", gallery=X, N=len(X))
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    assert exact_search._flat_index(on_gpu).ntotal == len(X)
+    assert exact_search._faiss_candidates(on_gpu, 250) == len(X)
+    moved = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: moved.append(index) or index)
+    assert exact_search._flat_index(on_gpu) is moved[0]
+
+
 X = make("random", 300, 16, 0)
 
 
@@ -309,6 +346,13 @@ def test_bad_input_of_an_index(args, settings, message):
     pytest.importorskip("faiss")
     with pytest.raises(ValueError, match=message):
         build_index(X[: settings.pop("rows", 2)], *args, **settings)
+
+
+def test_an_index_of_a_few_images_is_searched_by_default():
+    pytest.importorskip("faiss")
+    for rows in (2, 6, 12):
+        found = build_index(X[:rows]).search(X[:1].clone().requires_grad_())
+        assert [i for i, _ in found[0]] == search(X[:1], X[:rows], min(10, rows))[1][0].tolist()
 
 
 def test_bad_queries_of_an_index():
@@ -398,7 +442,7 @@ def test_two_processes_equal_one(tmp_path):
         got, errors = torch.load(tmp_path / f"{rank}.pt")
         for one, whole in zip(got, expected, strict=True):
             assert torch.equal(one[0], whole[0]) and torch.equal(one[1], whole[1])
-        assert len(errors) == 4 and "process 1: object of type 'NoneType' has no len()" in errors[3]
+        assert len(errors) == 4 and "process 1: gallery must be a tensor or an array, got NoneType" in errors[3]
         assert (
             "process 1: gallery contains NaN" in errors[0]
             and "k must lie in 1...200" in errors[1]

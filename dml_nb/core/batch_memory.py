@@ -58,9 +58,9 @@ def enqueue(
 ):
     "Store a batch; if it is larger than the memory, store its last `capacity` entries."
     check_embeddings(embeddings, self.embeddings.shape[1])
-    check_labels(labels, len(embeddings))
+    labels = check_labels(labels, len(embeddings))
     if sample_ids is not None:
-        check_sample_ids(sample_ids, len(embeddings))
+        sample_ids = check_sample_ids(sample_ids, len(embeddings))
     last = slice(-self.capacity, None)
     size = len(labels[last])
     slots = self.slots(size)

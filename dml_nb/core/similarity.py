@@ -14,6 +14,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from .checks import check_dense
+
 # %% ../../nbs/10_core/02_similarity.ipynb #1ef29a75
 class _Unit(torch.autograd.Function):
     @staticmethod
@@ -139,11 +141,8 @@ def in_float32(
 
     @wraps(forward)
     def guarded(self, embeddings, *args, **kwargs):
-        if not isinstance(embeddings, Tensor):
-            raise ValueError(
-                f"embeddings must be a tensor, got {type(embeddings).__name__}: call torch.as_tensor on them."
-            )
-        if embeddings.dtype in (torch.float16, torch.bfloat16):
+        check_dense(embeddings=embeddings)
+        if embeddings.is_floating_point() and embeddings.itemsize < 4:
             embeddings = embeddings.float()
         with torch.autocast(embeddings.device.type, enabled=False):
             return forward(self, embeddings, *args, **kwargs)

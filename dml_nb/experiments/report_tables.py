@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLAIMED_BLOCK', 'OWN_BLOCK', 'RANK_COLUMN', 'INDEX_LEVELS', 'VALUES_NOTE', 'TESTS_NOTE', 'AGREEMENT_NOTE',
-           'means_over_seeds', 'collapse_text', 'summarise', 'claimed_setting', 'side_by_side', 'describe_runs',
+           'NO_COMMIT', 'means_over_seeds', 'collapse_text', 'claimed_setting', 'side_by_side', 'describe_runs',
            'untrained_sentences', 'agreement_text', 'agreement_table', 'ReportSection', 'tests_table',
            'report_sections']
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #67f35bd8
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,8 @@ from dml_nb.experiments.results import (
     EXPERIMENT,
     claimed_metrics,
     computation_hash,
+    data_name,
+    is_other_data,
     results_by_section,
     runs_frame,
     untrained_metrics,
@@ -38,7 +39,6 @@ from .tables import row_of
 def _experiment_line(group: pd.DataFrame) -> dict:
     "Mean, interval and claimed value of one metric of one experiment."
     first, (mean, half) = group.iloc[0], mean_interval(group.value)
-    comparable = first.own and first.claimed not in ("", "-")
     return dict(
         changed=first.changed,
         own_setting=first.own,
@@ -47,10 +47,12 @@ def _experiment_line(group: pd.DataFrame) -> dict:
         mean=mean,
         half=half,
         claimed=first.claimed,
-        difference=mean - float(first.claimed) if comparable else np.nan,
+        difference=mean - pd.to_numeric(first.claimed, errors="coerce") if first.own else np.nan,
         seeds=" ".join(map(str, sorted(group.seed))),
         version=first.version,
-        commits=" ".join(sorted(set(group.commit))),
+        commits=", ".join(sorted(set(group.commit))),
+        other_data=first.other_data,
+        ranked=first.ranked and (first.other_data or first.changed == ""),
     )
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #7cde5f6d
@@ -61,7 +63,7 @@ def means_over_seeds(
     keys = [*EXPERIMENT, "epoch", "metric"]
     groups = runs_frame(results).groupby(keys, sort=False)
     table = pd.DataFrame([dict(zip(keys, key)) | _experiment_line(group) for key, group in groups])
-    ranked = table[(table.changed == "") & ~table.metric.isin(SPACE_METRICS)]
+    ranked = table[table.ranked & ~table.metric.isin(SPACE_METRICS)]
     ranked = ranked.assign(claimed=pd.to_numeric(ranked.claimed, errors="coerce"))
     ranked = ranked.groupby(["section", "where", "epoch", "metric"])
     for name, column in (("rank", "mean"), ("claimed_rank", "claimed")):
@@ -69,44 +71,12 @@ def means_over_seeds(
     return table
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #66dd6143
-def _summary_cells(cells: pd.DataFrame, metric: str, same_data: bool) -> dict:
-    "Best, last, claimed value and difference of one metric; a claimed value only beside runs on its data set."
-    if ("best", metric) not in cells.index:
-        return {}
-    best, last = cells.loc[("best", metric)], cells.loc[("last", metric)]
-    return {
-        f"{metric} best": format_interval(best["mean"], best.half),
-        f"{metric} last": format_interval(last["mean"], last.half),
-        f"{metric} claimed by the paper": best.claimed if same_data else "",
-        f"{metric} difference": "other setting" if np.isnan(best.difference) else f"{best.difference:+.1f}",
-    }
-
-
 def collapse_text(
     group: pd.DataFrame,  # lines of one experiment, from `means_over_seeds`
 ) -> str:  # "cosine between classes 0.97"; "" if it is not above `COLLAPSED`, or unknown
     "A warning if the embeddings of the last epoch have collapsed onto one direction."
     cosine = group["mean"][(group.metric == "between-class cosine") & (group.epoch == "last")]
     return f"cosine between classes {cosine.iloc[0]:.2f}" if (cosine > COLLAPSED).any() else ""
-
-
-def summarise(
-    results: list[dict],  # from `load_results`
-    metrics: tuple[str, ...] = ("R@1", "MAP@R"),  # what to show
-) -> pd.DataFrame:  # a line for each row and setting
-    "Claimed value, ours over seeds and the difference, in one line for each row and setting."
-    lines = []
-    for _, group in means_over_seeds(results).groupby(EXPERIMENT, sort=False):
-        first, cells = group.iloc[0], group.set_index(["epoch", "metric"])
-        setting = f"{first['where']}, {first.training}"
-        line = dict(table=first.table, method=first.method, setting=setting, changed=first.changed, seeds=first.n)
-        line |= {"collapsed": collapse_text(group)}
-        same_data = first["where"].startswith(f"{row_of(first.row).dataset},")
-        for metric in metrics:
-            line |= _summary_cells(cells, metric, same_data)
-        lines.append(line)
-    table = pd.DataFrame(lines)
-    return table if (table.collapsed != "").any() else table.drop(columns="collapsed")
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #e406f41a
 def claimed_setting(
@@ -126,13 +96,13 @@ RANK_COLUMN = "rank (claimed)"
 INDEX_LEVELS = ["section", "method", "claimed setting", "changed"]
 
 
-def _block(own_setting: bool, where: str) -> str:
-    return OWN_BLOCK if own_setting else f"other setting: {where}"
+def _block(own_setting: bool, other_data: bool, where: str) -> str:
+    return OWN_BLOCK if own_setting else f"{'ours' if other_data else 'other setting'}: {where}"
 
 
 def _cells(line, lead: str) -> dict:  # (block, column) -> text
     "The cells that a line of `means_over_seeds` fills; methods are ranked by the metric `lead`."
-    block = _block(line.own_setting, line.where)
+    block = _block(line.own_setting, line.other_data, line.where)
     cells = {
         (CLAIMED_BLOCK, line.metric): line.claimed,
         (block, "seeds"): str(line.n),
@@ -144,14 +114,20 @@ def _cells(line, lead: str) -> dict:  # (block, column) -> text
         cells[block, f"{line.metric} difference"] = "–" if np.isnan(line.difference) else f"{line.difference:+.1f}"
     if line.metric == lead and not np.isnan(line.rank):
         claimed_rank = "" if np.isnan(line.claimed_rank) else f" ({line.claimed_rank:g})"
-        cells[block, RANK_COLUMN] = f"{line.rank:g}{claimed_rank}"
+        cells[block, "rank" if line.other_data else RANK_COLUMN] = f"{line.rank:g}{claimed_rank}"
     return cells
 
 
 def _ordered_columns(columns, metrics: tuple[str, ...]) -> list[tuple[str, str]]:
     "Claimed values first, then the table's own setting, then the other settings."
     blocks = sorted({block for block, _ in columns} - {CLAIMED_BLOCK}, key=lambda b: (b != OWN_BLOCK, b))
-    inner = ["seeds", RANK_COLUMN, *(f"{m} {e}" for m in metrics for e in ("best", "last", "difference")), "collapsed"]
+    inner = [
+        "seeds",
+        "rank",
+        RANK_COLUMN,
+        *(f"{m} {e}" for m in metrics for e in ("best", "last", "difference")),
+        "collapsed",
+    ]
     return [*((CLAIMED_BLOCK, m) for m in metrics), *((block, what) for block in blocks for what in inner)]
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #59b501da
@@ -169,10 +145,11 @@ def side_by_side(
         return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=INDEX_LEVELS))
     for _, group in table.groupby(EXPERIMENT, sort=False):
         first = group.iloc[0]
-        cells = lines.setdefault((first.section, first.method, claimed_setting(first.row), first.changed), {})
+        claimed = "" if first.other_data else claimed_setting(first.row)
+        cells = lines.setdefault((first.section, first.method, claimed, first.changed), {})
         for line in group[group.metric.isin(metrics)].itertuples():
             cells |= _cells(line, metrics[0])
-        cells[_block(first.own_setting, first["where"]), "collapsed"] = collapse_text(group)
+        cells[_block(first.own_setting, first.other_data, first["where"]), "collapsed"] = collapse_text(group)
     frame = pd.DataFrame.from_dict(lines, orient="index").fillna("")
     frame.index = pd.MultiIndex.from_tuples(lines, names=INDEX_LEVELS)
     columns = [c for c in _ordered_columns(frame, metrics) if c in frame and (frame[c] != "").any()]
@@ -183,11 +160,14 @@ VALUES_NOTE = """Values are percentages: the mean and its 95 % t-interval over s
 *Best* is the epoch with the highest first Recall@K on the test classes. The papers report this epoch, but it is \
 chosen on the test classes, so *last* stands beside it.
 
-Blocks headed *other setting* were run with another backbone, regime or data set than the source. These runs can be \
+Blocks headed *other setting* were run with another backbone or regime than the source. These runs can be \
 compared with each other but not with the claimed values, so they have no difference. A *section* holds the methods \
 that can be ranked together: one table, data set, embedding size and noise rate. *Rank* refers to the first metric \
 of the section, best epoch, among the methods that ran. The rank of the claimed values among the same methods stands \
 in brackets. Runs whose settings were *changed* against today's recipe stand under *Changed settings* and have no rank.
+
+Runs on other data than the source's, such as a folder of one's own, have a section that is named after the data. It \
+has no claimed values, and all its runs are ranked, those with changed settings too.
 
 Seeds of several package versions or several versions of the data never enter one mean. A package version counts \
 releases, not commits, so one mean can hold seeds of several commits."""
@@ -207,6 +187,9 @@ intervals. They were measured with other backbones and with the whole network tr
 may hold there."""
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #cb2522dd
+NO_COMMIT = "not a git checkout"  # what a run stores where its package lies outside git
+
+
 def _count(n: int, what: str) -> str:  # "2 runs"
     return f"{n} {what}" + ("" if n == 1 else "s")
 
@@ -216,17 +199,19 @@ def describe_runs(
 ) -> str:  # some sentences
     "The runs, versions, commits and data that a report is based on."
     runs = len({computation_hash(r) for r in results})
-    commits = {r["environment"].get("commit", "") for r in results}
+    known = [commit for r in results if (commit := r["environment"].get("commit")) not in (None, "", NO_COMMIT)]
+    commits, without = set(known), len(results) - len(known)
+    outside = f"{_count(without, 'result')} of a package outside a git checkout; " if without else ""
     dirty = sum(c.endswith("-dirty") for c in commits)
     lines = means_over_seeds(results).drop_duplicates(["row", "where", "noise", "variant"])
-    mixed = lines.commits.str.contains(" ").sum()
-    data = {f"{Path(r['settings']['dataset']).name} {r['data_checksum']}" for r in results}
+    mixed = lines.commits.str.contains(", ").sum()
+    data = {f"{data_name(r).removesuffix(r['data_checksum']).strip()} {r['data_checksum']}" for r in results}
     versions = ", ".join(sorted({r["environment"]["dml_nb"] for r in results}))
     return (
         f"{_count(len(results), 'result')} of {_count(runs, 'run')} "
         "(rows that ask for the same computation share a run). "
         f"dml_nb {versions}; {_count(len(commits), 'commit')}, {dirty} of them with uncommitted changes; "
-        f"{_count(mixed, 'line')} with seeds of more than one commit. Data: {', '.join(sorted(data))}."
+        f"{outside}{_count(mixed, 'line')} with seeds of more than one commit. Data: {', '.join(sorted(data))}."
         + "".join(f" {sentence}" for sentence in untrained_sentences(results))
     )
 
@@ -310,9 +295,12 @@ class ReportSection:
 
 def tests_table(
     tests: pd.DataFrame,  # from `paired_tests` or `variant_tests`
+    section: str,  # name of the section of these tests
 ) -> pd.DataFrame:  # text
     "The paired tests as text."
-    table = pd.DataFrame(dict(setting=tests.block.str.split(": ").str[1], a=tests.a, b=tests.b, seeds=tests.seeds))
+    table = pd.DataFrame(
+        dict(setting=tests.block.str.removeprefix(f"{section}: "), a=tests.a, b=tests.b, seeds=tests.seeds)
+    )
     table["difference"] = [format_interval(d, half, digits=2) for d, half in zip(tests.difference, tests.half)]
     table["batches"] = tests.batches
     for title, p in {"p (t)": tests.p_t, "p (Wilcoxon)": tests.p_wilcoxon, "Holm": tests.holm}.items():
@@ -321,15 +309,19 @@ def tests_table(
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #e8a1a864
 def _report_section(name: str, results: list[dict], variants: bool, agreement: pd.DataFrame) -> ReportSection | None:
-    "The runs of the recipes of one section, or those with changed settings; None if there are none."
-    beside, lead = side_by_side(results, variants=variants), next(iter(claimed_metrics(results)), None)
+    "The ranked runs of one section, or those with changed settings; None if there are none."
+    other_data = is_other_data(results[0])
+    if other_data and variants:
+        return None  # all runs on one's own data stand in one section
+    beside = side_by_side(results, variants=None if other_data else variants)
+    lead = next(iter(claimed_metrics(results)), None)
     if beside.empty:
         return None
     if variants:
-        tests = tests_table(variant_tests(results, lead))
+        tests = tests_table(variant_tests(results, lead), name)
         return ReportSection(f"Changed settings: {name}", beside, [], tests, lead)
     sentences = [agreement_text(line) for line in agreement[agreement.section == name].itertuples()]
-    return ReportSection(name, beside, sentences, tests_table(paired_tests(results, lead)), lead)
+    return ReportSection(name, beside, sentences, tests_table(paired_tests(results, lead), name), lead)
 
 
 def report_sections(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_SEEDS', 'TEST_COLUMNS', 'MIN_METHODS', 'AGREEMENT_COLUMNS', 'mean_interval', 'format_interval', 'interval_bounds',
-           'paired_difference', 'holm', 'method_label', 'comparable_runs', 'paired_tests', 'variant_tests',
-           'pair_agreement', 'order_agreement']
+           'paired_difference', 'holm', 'method_label', 'comparable_runs', 'drop_variants', 'merge_tables',
+           'paired_tests', 'variant_tests', 'pair_agreement', 'order_agreement']
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #351d8d1a
 from collections.abc import Callable
@@ -16,7 +16,13 @@ import pandas as pd
 from scipy import stats
 
 from ..core.checks import unknown
-from .results import claimed_metrics, common_method_name, results_by_section, runs_frame
+from dml_nb.experiments.results import (
+    claimed_metrics,
+    claimed_values,
+    common_method_name,
+    results_by_section,
+    runs_frame,
+)
 from .tables import row_of
 
 # %% ../../nbs/70_experiments/13_statistics.ipynb #5d58baa6
@@ -105,6 +111,28 @@ def comparable_runs(
     )
     return frame.drop_duplicates(["block", "label", "seed"]).drop_duplicates(["block", "run"])
 
+# %% ../../nbs/70_experiments/13_statistics.ipynb #469670c7
+def drop_variants(
+    frame: pd.DataFrame,  # with the columns "block" and "ranked"
+) -> pd.DataFrame:  # some of its lines
+    "Keep the ranked runs; keep all runs of a block that has none."
+    return frame[frame.ranked | ~frame.ranked.groupby(frame.block).transform("any")]
+
+# %% ../../nbs/70_experiments/13_statistics.ipynb #4f09f5cc
+def merge_tables(
+    frame: pd.DataFrame,  # from `comparable_runs` or `load_histories`
+) -> pd.DataFrame:  # "block" is place, size and noise; "method" has the same name in all tables
+    "Each run once, whichever tables contain it."
+    frame = frame.drop_duplicates([c for c in ("run", "epoch", "metric", "K") if c in frame])
+    noise = np.where(frame.noise == "none", "", ", " + frame.noise + " noise")
+    frame = frame.assign(
+        block=frame["where"] + ", " + frame.embedding_size.astype(str) + "-d" + noise,
+        method=[method_label(common_method_name(id), variant) for id, variant in zip(frame.row, frame.variant)],
+    )
+    # another run of the same name keeps its own line, marked by its table
+    first_row = frame.groupby(["block", "method"]).row.transform("first")
+    return frame.assign(method=frame.method.where(frame.row == first_row, frame.method + ", " + frame.table))
+
 # %% ../../nbs/70_experiments/13_statistics.ipynb #45fedb59
 def _reference_method(block: pd.DataFrame) -> str:
     "The method that all others of a large block are tested against."
@@ -114,7 +142,7 @@ def _reference_method(block: pd.DataFrame) -> str:
 
 def _method_pairs(block: pd.DataFrame, against: str | None, max_methods: int) -> list[tuple[str, str]]:
     "Pairs of methods to test in a block."
-    block = block[(block.variant == "") | (block.label == against)]
+    block = block[block.ranked | (block.label == against)]
     labels = list(block.label.unique())
     if against is None and len(labels) <= max_methods:
         return list(combinations(labels, 2))
@@ -156,7 +184,7 @@ def paired_tests(
     against: str | None = None,  # compare all methods with this one only; None: as described above
     max_methods: int = 6,  # a block of more methods tests only pairs with one method
 ) -> pd.DataFrame:  # a line for each pair, columns TEST_COLUMNS
-    "Paired tests between the methods of each block, for runs of the recipes."
+    "Paired tests between the ranked methods of each block."
     frame = comparable_runs(results, metric, epoch)
     if against is not None and against not in set(frame.label):
         raise unknown("method with results", against, set(frame.label))
@@ -206,7 +234,7 @@ def _rank_correlation(claimed: pd.Series, ours: pd.Series) -> dict:  # tau, p, r
 def _block_agreement(block: pd.DataFrame) -> dict:
     "Agreement of our order with the claimed order in one block."
     by_seed = block.pivot(index="seed", columns="method", values="value")
-    claimed = block.groupby("method").claimed.first().astype(float)
+    claimed = block.groupby("method").claimed.first()
     ours, pairs = by_seed.mean()[claimed.index], pair_agreement(by_seed, claimed)
     same, clear = pairs.same.astype(bool), pairs.clear.astype(bool)
     return dict(
@@ -235,10 +263,11 @@ def order_agreement(
     lines = []
     for section, found in results_by_section(results).items():
         lead = metric or next(iter(claimed_metrics(found)), None)
-        if not any(lead in r["claimed"] and lead in r["best"] for r in found):
+        if not any(lead in claimed_values(r) and lead in r["best"] for r in found):
             continue
         frame = comparable_runs(found, lead, epoch)
-        frame = frame[(frame.changed == "") & ~frame.claimed.isin(["", "-"])]
+        frame = frame.assign(claimed=pd.to_numeric(frame.claimed, errors="coerce"))
+        frame = frame[frame.changed == ""].dropna(subset=["claimed", "value"])
         lines += [
             dict(section=section, place=place, metric=lead) | _block_agreement(block)
             for place, block in frame.groupby("where", sort=False)

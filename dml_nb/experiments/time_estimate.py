@@ -16,8 +16,9 @@ import torch
 from fastai.torch_core import default_device
 
 from ..data.loaders import set_epoch
+from .record import read_result
 from .run import Run, environment
-from .run_store import find_finished, read_result
+from .run_store import find_finished
 
 # %% ../../nbs/70_experiments/07_time_estimate.ipynb #b7cfaa5f
 def time_of_earlier_runs(
@@ -32,7 +33,7 @@ def time_of_earlier_runs(
         except ValueError:
             continue
         same = all(result["settings"][key] == settings[key] for key in ("dataset", "backbone", "regime"))
-        if same and result["environment"].get("device") == device and "shared_with" not in result:
+        if same and result["environment"].get("device") == device and not result.get("shared_with"):
             found.append(result)
     found = [r for r in found if r["settings"]["loss"] == settings["loss"]] or found
     if not found:

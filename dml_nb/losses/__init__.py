@@ -33,6 +33,7 @@ from dml_nb.losses.proxy_hosts import calibrate
 from dml_nb.losses.proxy_nca import ProxyNCALoss, ProxyNCAPlusPlusLoss
 from dml_nb.losses.proxy_synthesis import ProxySynthesisLoss
 from dml_nb.losses.ranked_list import RankedListLoss
+from dml_nb.losses.self_feeding import remember_previous
 from dml_nb.losses.smooth_proxy import SmoothProxyAnchorLoss
 from dml_nb.losses.softmax import CrossEntropyLoss, NormSoftmaxLoss
 from dml_nb.losses.softtriple import SoftTripleLoss
@@ -90,4 +91,5 @@ __all__ = [
     "list_miners",
     "loss_parameters",
     "register",
+    "remember_previous",
 ]

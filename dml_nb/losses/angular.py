@@ -13,9 +13,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..core.checks import check_at_least, unknown
+from ..core.checks import check_at_least, check_indices, unknown
 from ..core.similarity import log1p_sum_exp, match_masks, unit
-from .base import DMLLoss, check_indices, register, to_masks
+from .base import DMLLoss, register, to_masks
 from .npair import PAIR_CHOICES, class_pairs, mean_squared_norms, npair_loss, pair_embeddings
 from .pair_base import masked_mean
 from .tuplet_margin import tuplet_margin_loss
@@ -108,7 +108,7 @@ def compute_all_pairs(
     sim_BB = z_BD @ z_BD.T
     pos_BB, neg_BB = match_masks(labels)
     if indices is not None:
-        check_indices(indices, sim_BB.shape, (2, 3, 4))
+        indices = check_indices(indices, sim_BB.shape, (2, 3, 4))
         pos_BB = to_masks((*indices[:2], *indices[:2]), sim_BB.shape, sim_BB.device)[0]
     usable_BB = pos_BB & neg_BB.any(1, keepdim=True)
     self.active = usable_BB.any(1).sum()

@@ -52,7 +52,7 @@ class BinomialDevianceLoss(SlackPairLoss):
     ):
         check_slack(hard_mining, miner, slack=slack)
         super().__init__(slack if hard_mining else None, miner, self_eps)
-        if variant not in _NEGATIVE_SLOPE:
+        if variant not in list(_NEGATIVE_SLOPE):
             raise unknown("variant", variant, _NEGATIVE_SLOPE)
         self.variant, self.alpha = variant, _NEGATIVE_SLOPE[variant] if alpha is None else alpha
         self.beta, self.margin = beta, margin

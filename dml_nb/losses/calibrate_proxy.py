@@ -66,6 +66,7 @@ class CalibrateProxyLoss(DMLLoss):
         if proxies_per_class == 1 and proxy_temp not in (1.0, 0.1):  # the two presets fit any number of proxies
             check_default("with one proxy a class", proxy_temp=(proxy_temp, 1.0))
         store_attr(but="capacity")
+        self.has_schedule = start_epoch > 0
         self.proxies = init_proxies(num_classes, proxies_per_class, embedding_size)
         self.global_center = ClassQueues(num_classes, embedding_size, capacity)
 

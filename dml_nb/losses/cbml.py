@@ -86,7 +86,7 @@ def metric_variance(
 def _check_parameters(kind, doubt, gamma, h, omegas, negatives, margin, miner):
     alpha_p, beta_p, alpha_n, beta_n = doubt
     omega_p, omega_n = omegas
-    if kind not in _KINDS:
+    if kind not in list(_KINDS):
         raise unknown("kind", kind, _KINDS)
     if negatives not in _NEGATIVES:
         raise unknown("negatives", negatives, _NEGATIVES)

@@ -118,7 +118,7 @@ class ContrastiveLoss(PairLoss):
         self_eps: float | None = None,  # positives with similarity above 1 - self_eps are dropped
     ):
         super().__init__(miner, self_eps)
-        if variant not in _VARIANTS:
+        if variant not in list(_VARIANTS):
             raise unknown("variant", variant, _VARIANTS)
         if negatives not in (None, "all", "hard"):
             raise unknown("choice of negatives", negatives, ("all", "hard"))

@@ -13,7 +13,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import relu
 
 from ..core.checks import check_at_least, check_whole, unknown
 from ..core.similarity import unit
@@ -158,7 +157,7 @@ class FacilityLocationLoss(DMLLoss):
         if nmi not in ENTROPY_MEANS:
             raise unknown("nmi", nmi, ENTROPY_MEANS)
         self.gamma, self.gamma_decay, self.squared, self.nmi, self.sweeps = gamma, gamma_decay, squared, nmi, sweeps
-        self.normalised = normalize
+        self.normalised, self.has_schedule = normalize, gamma_decay != 1
 
 # %% ../../nbs/40_losses/21_facility_location.ipynb #e7c76eda
 @patch
@@ -181,4 +180,5 @@ def compute(
         vector_norm(x_BD - x_BD.index_select(0, medoid_B), dim=1) ** (1 + self.squared)
         for medoid_B in (own_B, joined_B)
     )
-    return relu((to_own_B - to_joined_B).sum() + gamma * error.to(x_BD.dtype))
+    value = (to_own_B - to_joined_B).sum() + gamma * error.to(x_BD.dtype)
+    return torch.where(value > 0, value, 0)  # `relu` needs its output for the gradient, but trainers scale it in place

@@ -58,6 +58,8 @@ def group_counts(
 class HPLLoss(HostedLoss):
     "Hierarchical proxy loss (Yang et al., WACV 2022), reconstructed."
 
+    has_schedule = True
+
     def __init__(
         self,
         num_classes: int,  # C

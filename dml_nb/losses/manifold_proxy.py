@@ -87,6 +87,7 @@ class ManifoldProxyLoss(DMLLoss):
             )
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.alpha, self.margin, self.context, self.reassign_every = alpha, margin, context, reassign_every
+        self.has_schedule = reassign_every > 0
         self.meta_proxies = nn.Parameter(torch.randn(num_proxies, embedding_size))
         self.register_buffer("meta", torch.zeros(num_classes, dtype=torch.long))
         self.reassign()

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..core.checks import check_at_least, check_embeddings, check_labels, check_whole, unknown
+from ..core.checks import check_at_least, check_embeddings, check_labels, check_references, check_whole, unknown
 from ..core.similarity import cosine, in_float32, match_masks
 from .base import to_indices
 
@@ -38,8 +38,9 @@ class Miner(nn.Module):
         check_embeddings(embeddings, self.embedding_size)
         if hasattr(self, "dimension"):
             self.dimension = embeddings.shape[1]
-        check_labels(labels, len(embeddings))
-        refs = embeddings if ref_emb is None else ref_emb.to(embeddings.dtype)
+        labels = check_labels(labels, len(embeddings))
+        ref_emb, ref_labels = check_references(embeddings, ref_emb, ref_labels)
+        refs = embeddings if ref_emb is None else ref_emb
         return self.indices(cosine(embeddings, refs), *match_masks(labels, ref_labels))
 
     def indices(
@@ -332,7 +333,7 @@ def create_miner(
     **params,  # the miner's own parameters
 ) -> Miner:  # ready for `miner=` of a pair loss
     "Build a miner by name."
-    if name not in _miners:
+    if name not in list(_miners):
         raise unknown("miner", name, _miners)
     takes = signature(_miners[name]).parameters
     for key in params:

@@ -12,9 +12,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..core.checks import check_at_least, unknown
+from ..core.checks import check_at_least, check_indices, unknown
 from ..core.similarity import unit
-from .base import DMLLoss, check_indices, register
+from .base import DMLLoss, register
 
 # %% ../../nbs/40_losses/15_npair.ipynb #764850ba
 def run_starts(
@@ -45,8 +45,7 @@ def class_pairs(
     "One pair for each class: drawn, or the first of the given pairs."
     if indices is None:
         return draw_pairs(labels, how == "random")
-    check_indices(indices, (len(labels), len(labels)), (2, 3, 4))
-    anchors, positives = indices[:2]
+    anchors, positives = check_indices(indices, (len(labels), len(labels)), (2, 3, 4))[:2]
     order = labels[anchors].argsort(stable=True)
     first_C = order[run_starts(labels[anchors[order]])]
     return anchors[first_C], positives[first_C]

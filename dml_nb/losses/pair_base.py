@@ -7,13 +7,15 @@ __all__ = ['PairLoss', 'pair_weights', 'attach_gradient', 'mean_weights', 'maske
            'check_slack', 'SlackPairLoss']
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #343dbd0c
+from inspect import signature
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.checks import check_at_least, check_default, check_embeddings, check_labels
+from ..core.checks import check_at_least, check_default, check_indices, check_references
 from ..core.similarity import first_order_only, gram, match_masks, unit
-from .base import DMLLoss, check_indices, to_masks
+from .base import DMLLoss, to_masks
 from .miners import create_miner, slack_mining
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #e09482fc
@@ -30,11 +32,15 @@ class PairLoss(DMLLoss):
         super().__init__()
         if isinstance(miner, str):
             miner = create_miner(miner)
-        if miner is not None and not (hasattr(miner, "mine") or hasattr(miner, "triplets")):
+        if miner is not None and (
+            isinstance(miner, type) or not (hasattr(miner, "mine") or hasattr(miner, "triplets"))
+        ):
             raise ValueError(
-                f"miner must have mine(sim, pos, neg) or triplets(sim, pos, neg), got {type(miner).__name__}: "
-                "call a miner of another package yourself and pass indices_tuple."
+                "miner must have mine(sim, pos, neg) or triplets(sim, pos, neg), or be a miner of "
+                f"pytorch-metric-learning, got {miner!r}: pass a created miner, or a name from list_miners()."
             )
+        ours = hasattr(miner, "triplets") or miner is None or len(signature(miner.mine).parameters) == 3
+        self.calls_miner = not ours  # on embeddings and labels
         if self_eps is not None:
             check_at_least(self_eps=(self_eps, 0))
         self.miner, self.self_eps = miner, self_eps
@@ -68,18 +74,16 @@ def compute(
     ref_labels: Tensor | None = None,  # (N,)
 ) -> Tensor:  # scalar
     "Compute similarities and masks, then the loss."
-    if (ref_emb is None) != (ref_labels is None):
-        raise ValueError("references need both ref_emb and ref_labels: pass the missing one.")
-    if ref_emb is not None:
-        check_embeddings(ref_emb, embeddings.shape[1])
-        check_labels(ref_labels, len(ref_emb))
-        if not len(ref_emb):
-            self.active = 0
-            return embeddings.sum() * 0
+    ref_emb, ref_labels = check_references(embeddings, ref_emb, ref_labels)
+    if ref_emb is not None and not len(ref_emb):
+        self.active = 0
+        return embeddings.sum() * 0
     self.in_batch = ref_emb is None
     if hasattr(self.miner, "dimension"):
         self.miner.dimension = embeddings.shape[1]
-    sim_BN = self.similarity(embeddings, embeddings if ref_emb is None else ref_emb.to(embeddings.dtype))
+    if self.calls_miner and indices_tuple is None:
+        indices_tuple = self.miner(embeddings.detach(), labels, ref_emb, ref_labels)
+    sim_BN = self.similarity(embeddings, embeddings if ref_emb is None else ref_emb)
     pos_BN, neg_BN = match_masks(labels, ref_labels)
     return self.from_similarities(sim_BN, pos_BN, neg_BN, indices_tuple)
 
@@ -105,12 +109,17 @@ def from_similarities(
     "Apply `self_eps` and the index tuple or the miner, then the formula."
     pos_BN = self.without_copies(sim_BN, pos_BN)
     if indices is None and self.miner is not None:
+        if self.calls_miner:
+            raise ValueError(
+                f"the miner {type(self.miner).__name__} needs embeddings, and here it has only similarities: "
+                "choose a miner from list_miners()."
+            )
         if hasattr(self.miner, "triplets"):
             indices = self.miner.triplets(sim_BN.detach(), pos_BN, neg_BN)
         else:
             pos_BN, neg_BN = self.miner.mine(sim_BN.detach(), pos_BN, neg_BN)
-    if indices is not None and len(indices) == 3 and hasattr(self, "triplets"):
-        check_indices(indices, sim_BN.shape)
+    if hasattr(self, "triplets") and isinstance(indices, (tuple, list)) and len(indices) == 3:
+        indices = check_indices(indices, sim_BN.shape)
         if self.self_eps is not None:
             indices = [part[sim_BN[indices[0], indices[1]] < 1 - self.self_eps] for part in indices]
         self.active = indices[0].unique().numel()

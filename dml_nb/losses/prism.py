@@ -117,9 +117,9 @@ def remember(
 ):
     "Enqueue the kept samples, update the centres of their classes and count the rejected samples."
     check_embeddings(embeddings, self.embedding_size)
-    check_labels(labels, len(embeddings), self.num_classes)
+    labels = check_labels(labels, len(embeddings), self.num_classes)
     if sample_ids is not None:
-        check_sample_ids(sample_ids, len(embeddings))
+        sample_ids = check_sample_ids(sample_ids, len(embeddings))
     keep_B, window = self.select_clean(embeddings, labels)
     self.memory.enqueue(embeddings[keep_B], labels[keep_B], None if sample_ids is None else sample_ids[keep_B])
     self.update_centers(labels[keep_B].unique())

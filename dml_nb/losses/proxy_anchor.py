@@ -101,8 +101,8 @@ def init_from_class_means(
     C, D = len(proxies), proxies.shape[-1]
     K = proxies.numel() // (C * D)
     check_embeddings(embeddings, D)
-    check_labels(labels, len(embeddings), C)
-    class_N, order_N = labels.long().to(proxies.device).sort(stable=True)
+    labels = check_labels(labels, len(embeddings), C)
+    class_N, order_N = labels.to(proxies.device).sort(stable=True)
     slot_N = class_N * K + torch.arange(len(class_N), device=class_N.device) % K
     sum_SD = proxies.new_zeros(C * K, D).index_add_(0, slot_N, unit(embeddings.to(proxies))[order_N])
     sums = sum_SD.view_as(proxies)
@@ -124,7 +124,7 @@ class ProxyAnchorLoss(DMLLoss):
         proxy_temp: float = 1.0,  # γ of the softmax over the K proxies
     ):
         super().__init__()
-        check_at_least(alpha=(alpha, 1e-4), proxy_temp=(proxy_temp, 1e-4))
+        check_at_least(alpha=(alpha, 1e-4), delta=(delta, -1), proxy_temp=(proxy_temp, 1e-4))
         if proxies_per_class == 1:
             check_default("with one proxy a class", proxy_temp=(proxy_temp, 1))
         self.num_classes, self.embedding_size = num_classes, embedding_size

@@ -21,7 +21,7 @@ def deviation(
 ) -> dict[str, float]:  # {"center": ..., "pairwise": ...}, Euclidean distances in [0, 2]
     "Distance between the proxies of each class and its samples (CP Eq. 10), over the classes with samples."
     check_embeddings(embeddings, proxies.shape[-1])
-    check_labels(labels, len(embeddings), len(proxies))
+    labels = check_labels(labels, len(embeddings), len(proxies))
     z, w_CKD = unit(embeddings), unit(proxies if proxies.ndim == 3 else proxies[:, None]).to(embeddings)
     count_C = torch.bincount(labels, minlength=len(w_CKD))
     center_CD = torch.zeros_like(w_CKD[:, 0]).index_add_(0, labels, z) / count_C.clamp_min(1)[:, None]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HOSTS', 'MUST_NOT_BE_ZERO', 'PUBLISHED', 'CP_HOST_DEFAULTS', 'CP_PRESETS', 'CP_OPTIONS', 'SOFTMAX_HOSTS',
-           'host_parameters', 'host_loss', 'HostedLoss', 'AveragedCalibrateProxyLoss', 'weighted_spread', 'calibrate',
-           'build_cp']
+           'host_parameters', 'host_loss', 'published_parameters', 'HostedLoss', 'AveragedCalibrateProxyLoss',
+           'weighted_spread', 'calibrate', 'build_cp']
 
 # %% ../../nbs/40_losses/31_proxy_hosts.ipynb #9a4f5339
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Callable
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.checks import check_at_least, check_default, unknown
+from ..core.checks import check_at_least, check_default, check_parameters, unknown
 from .base import create_loss, loss_parameters, register
 from .calibrate_proxy import CalibrateProxyLoss
 from .cosface_arcface import arcface_loss, cosface_loss
@@ -39,7 +39,7 @@ def host_parameters(
     name: str,  # one of `HOSTS`
 ) -> dict[str, float | bool]:  # its parameters after similarities and labels, with their defaults
     "The parameters that a host takes."
-    if name not in HOSTS:
+    if name not in list(HOSTS):
         raise unknown("host", name, HOSTS)
     return {key: parameter.default for key, parameter in list(signature(HOSTS[name]).parameters.items())[2:]}
 
@@ -52,16 +52,27 @@ def host_loss(
     params: dict | None = None,  # of the host function, such as {"alpha": 16}
 ) -> Callable[[Tensor, Tensor], Tensor]:  # (sim_BC, labels) -> scalar
     "A proxy loss as a function of class similarities and labels."
+    check_parameters(host_params=params)
     takes, params = host_parameters(name), params or {}
     for key, value in params.items():
         if key not in takes:
             raise unknown(f"parameter of the host {name!r}", key, takes)
-        if not isinstance(value, bool):
+        if not isinstance(takes[key], bool):
             check_at_least(**{key: (value, 1e-4 if key in MUST_NOT_BE_ZERO else 0)})
     return partial(HOSTS[name], **params)
 
 # %% ../../nbs/40_losses/31_proxy_hosts.ipynb #9bf25af2
 PUBLISHED = dict(norm_softmax=dict(temperature=1 / 23), proxy_nca=dict(scale=24.0))
+
+
+def published_parameters(
+    host: str,  # one of `HOSTS`
+    host_params: dict | None,  # these replace the published ones
+) -> dict:  # for `host_loss`
+    "The parameters of a host in the codes of Proxy Synthesis and MemVir."
+    host_parameters(host)  # an unknown host raises its error
+    check_parameters(host_params=host_params)
+    return PUBLISHED.get(host, {}) | (host_params or {})
 
 # %% ../../nbs/40_losses/31_proxy_hosts.ipynb #4e19d8ba
 class HostedLoss(ProxyLoss):
@@ -131,10 +142,10 @@ def calibrate(
 ) -> CalibrateProxyLoss:  # ready for `loss(embeddings, labels)`
     "CP around any loss that is a function of class similarities."
     if not callable(host):
-        if host not in CP_HOST_DEFAULTS:
+        if host not in list(CP_HOST_DEFAULTS):
             raise unknown("host", host, CP_HOST_DEFAULTS)
         return create_loss(f"cp_{host}", num_classes, embedding_size, preset=preset, **params)
-    if preset is not None and preset not in CP_PRESETS:
+    if preset is not None and preset not in list(CP_PRESETS):
         raise unknown("preset", preset, CP_PRESETS)
     for name in params:
         if name not in CP_OPTIONS:

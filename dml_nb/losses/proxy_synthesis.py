@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.checks import check_at_least
 from ..core.similarity import unit
 from .base import register
-from .proxy_hosts import PUBLISHED, HostedLoss
+from .proxy_hosts import HostedLoss, published_parameters
 
 # %% ../../nbs/40_losses/38_proxy_synthesis.ipynb #e621735a
 def other_class_partner(
@@ -66,7 +66,7 @@ class ProxySynthesisLoss(HostedLoss):
         mu: float = 1.0,  # share of the batch that is mixed
         lam: float | None = None,  # a fixed λ; None: a draw for each batch
     ):
-        super().__init__(num_classes, embedding_size, host, PUBLISHED.get(host, {}) | (host_params or {}))
+        super().__init__(num_classes, embedding_size, host, published_parameters(host, host_params))
         check_at_least(alpha=(alpha, 1e-3), mu=(mu, 0), lam=(0 if lam is None else lam, 0))
         if mu > 1 or lam is not None and lam > 1:
             raise ValueError(f"mu and lam are shares and must be at most 1, got mu={mu}, lam={lam}.")

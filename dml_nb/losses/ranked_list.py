@@ -52,10 +52,9 @@ class RankedListLoss(PairLoss):
         self_eps: float | None = None,  # see `PairLoss`
     ):
         super().__init__(miner, self_eps)
+        check_at_least(margin=(margin, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0))
         self.alpha = (1.4 if variant == "cbml" else 1 + margin / 2) if alpha is None else alpha
-        check_at_least(
-            margin=(margin, 0), alpha=(self.alpha, 0), t_neg=(t_neg, 0), t_pos=(t_pos, 0), balance=(balance, 0)
-        )
+        check_at_least(alpha=(self.alpha, 0))
         if balance > 1:
             raise ValueError(f"balance must be at most 1, got {balance}: it is the share of the negatives.")
         if variant not in RANKED_LIST_VARIANTS:

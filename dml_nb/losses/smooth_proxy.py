@@ -61,7 +61,9 @@ class SmoothProxyAnchorLoss(ProxyLoss):
         conf_weight: float = 1.0,  # weight of the head's classification loss
     ):
         super().__init__(num_classes, embedding_size)
-        check_at_least(alpha=(alpha, 0), conf_beta=(conf_beta, 0))
+        check_at_least(
+            alpha=(alpha, 0), delta=(delta, -1), conf_beta=(conf_beta, 0), conf_center=(conf_center, -torch.inf)
+        )
         check_at_least(conf_temp=(conf_temp, 1e-4), conf_weight=(conf_weight, 0))
         self.proxies = ProxyAnchorLoss(num_classes, embedding_size).proxies
         self.head = nn.Parameter(torch.randn(num_classes, embedding_size))

@@ -66,7 +66,7 @@ class ProxyLoss(DMLLoss):
     ):
         super().__init__()
         check_whole(num_classes=(num_classes, 1), embedding_size=(embedding_size, 1))
-        if init not in PROXY_INITS:
+        if init not in list(PROXY_INITS):
             raise unknown("init", init, PROXY_INITS)
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.proxies = nn.Parameter(PROXY_INITS[init](torch.empty(num_classes, embedding_size)))

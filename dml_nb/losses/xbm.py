@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.batch_memory import CrossBatchMemory
-from ..core.checks import check_at_least, check_sample_ids, check_whole, unknown
+from ..core.checks import check_at_least, check_labels, check_parameters, check_sample_ids, check_whole, unknown
 from ..core.distributed import gather, own_rows
 from ..core.similarity import match_masks, unit
 from .base import DMLLoss, create_loss, register
@@ -38,6 +38,7 @@ class XBMLoss(DMLLoss):
         memory_dtype: str = "float32",  # storage type: "float32", "float16" or "bfloat16"
     ):
         super().__init__()
+        check_parameters(pair_params=pair_params)
         check_whole(start_iteration=(start_iteration, 0), start_epoch=(start_epoch, 0))
         check_at_least(weight=(weight, 0), self_eps=(0 if self_eps is None else self_eps, 0))
         if enqueue not in ("before", "after"):
@@ -47,7 +48,7 @@ class XBMLoss(DMLLoss):
         self.memory = CrossBatchMemory(memory_size, embedding_size, getattr(torch, memory_dtype), wrap)
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
         self.num_classes, self.embedding_size = num_classes, embedding_size
-        self.start_iteration, self.start_epoch = start_iteration, start_epoch
+        self.start_iteration, self.start_epoch, self.has_schedule = start_iteration, start_epoch, start_epoch > 0
         self.weight, self.self_eps, self.enqueue = weight, self_eps, enqueue
         self.exact_gradient = enqueue == "after"  # "before": no gradient reaches the batch's copy in the memory
         self.pair_loss = create_loss(pair_loss, num_classes, embedding_size, **(pair_params or {}))
@@ -62,6 +63,10 @@ def check_pair_loss(
     "Raise `ValueError` unless the loss is a function of similarities of unit vectors and takes any references."
     anchor, refs = torch.zeros(1, embedding_size), torch.zeros(2, embedding_size)
     labels = torch.zeros(2, dtype=torch.long)
+    if getattr(loss, "calls_miner", False):
+        raise ValueError(
+            f"the miner {type(loss.miner).__name__} cannot mine a memory: choose a miner from list_miners()."
+        )
     if not (isinstance(loss, PairLoss) and loss.normalised and loss.similarity(anchor, refs).shape == (1, 2)):
         raise ValueError(
             f"the loss {name!r} cannot be compared with a memory: "
@@ -135,8 +140,9 @@ def memory_term(
     sample_ids: Tensor | None = None,  # (B,) ids of the images: copies of an anchor's image are no positives
 ) -> Tensor:  # scalar
     "The second sum of the formula, without its weight."
+    labels = check_labels(labels, len(embeddings))
     if sample_ids is not None:
-        check_sample_ids(sample_ids, len(embeddings))
+        sample_ids = check_sample_ids(sample_ids, len(embeddings))
     sim_BN, pos_BN, neg_BN = self.memory_pairs(embeddings, labels, sample_ids)
     if not sim_BN.shape[1]:
         return embeddings.sum() * 0

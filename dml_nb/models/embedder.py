@@ -18,6 +18,7 @@ from ..core.similarity import unit
 from .bn_inception import BNInception
 from .efficientnet_lite import EfficientNetLite0
 from .input_spec import IMAGENET, SYMMETRIC, InputSpec
+from .weights import TORCHVISION_WEIGHTS
 
 # %% ../../nbs/30_models/04_embedder.ipynb #43b9d185
 class Trunk(nn.Sequential):
@@ -82,10 +83,7 @@ class SmallCNN(nn.Sequential):
         )
 
 # %% ../../nbs/30_models/04_embedder.ipynb #e2b6b3b5
-BACKBONES = {
-    name: partial(_torchvision, name)
-    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "googlenet")
-}
+BACKBONES = {name: partial(_torchvision, name) for name in TORCHVISION_WEIGHTS}
 BACKBONES |= dict(bn_inception=BNInception, efficientnet_lite0=EfficientNetLite0, small_cnn=SmallCNN)
 
 # %% ../../nbs/30_models/04_embedder.ipynb #dbc3394c

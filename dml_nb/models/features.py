@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..core.checks import unknown
-from ..core.files import cache_root, write_atomically
+from ..core.files import cache_root, content_hashes, write_atomically
 from ..data.image_sets import ImageSet
 from ..data.loaders import eval_loader
 from .embedder import POOLS, create_backbone
@@ -67,10 +67,10 @@ def embed(
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there is nothing to embed.")
     device = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
-    was_training, out, start = model.training, None, 0
+    was_training, out, start, desc = model.training, None, 0, f"embed {getattr(dataset, 'name', 'data')}"
     model.to(device).eval()
     try:
-        for (x,) in tqdm(eval_loader(dataset, batch_size, workers), desc="embed", unit="batch", delay=5, leave=False):
+        for (x,) in tqdm(eval_loader(dataset, batch_size, workers), desc, unit="batch", delay=5, leave=False):
             y = torch.cat([_forward(model, part, dtype) for part in _parts(x.to(device, non_blocking=True))])
             if out is None:
                 out = torch.empty(len(dataset), y.shape[1])
@@ -108,7 +108,7 @@ def images_hash(
     if dataset.paths is None:
         content = f"{dataset.array.shape} {dataset.array.dtype}".encode() + dataset.array.tobytes()
     else:
-        content = json.dumps([(p.parent.name, p.name, p.stat().st_size) for p in map(Path, dataset.paths)]).encode()
+        content = "\n".join(content_hashes(dataset.paths)).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 # %% ../../nbs/30_models/05_features.ipynb #5e04230c
@@ -145,7 +145,11 @@ def _sha256(x: Tensor) -> str:
 def _write(file: Path, features: dict[str, Tensor], metadata: dict[str, str]):
     "Write features with their metadata and hashes."
     stored = metadata | {f"sha256_{k}": _sha256(v) for k, v in features.items()}
-    write_atomically(file, lambda part: save_file(features, part, metadata=stored))
+    try:
+        write_atomically(file, lambda part: save_file(features, part, metadata=stored))
+    except (OSError, SafetensorError) as e:
+        remedy = "set DML_NB_CACHE to a folder with space, or they are computed again next time."
+        warnings.warn(f"the features cannot be stored in {file.parent} ({e}): {remedy}", stacklevel=3)
 
 # %% ../../nbs/30_models/05_features.ipynb #772b9ffe
 def _damage(features: dict[str, Tensor], metadata: dict[str, str], stored: dict[str, str]) -> str | None:

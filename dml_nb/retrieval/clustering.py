@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from math import log
 
 import torch
+from fastcore.basics import listify
 from torch import Tensor
 
 from ..core.checks import check_embeddings, check_labels, unknown
-from ..core.similarity import unit
+from .exact_scores import float32_rows
 
 # %% ../../nbs/50_retrieval/06_clustering.ipynb #4e10e5c9
 def _faiss_clusters(x, k, seed, restarts):
@@ -63,7 +64,7 @@ def kmeans(
         backend = default_kmeans_backend()
     if backend not in KMEANS_BACKENDS:
         raise unknown("k-means backend", backend, ("auto", *KMEANS_BACKENDS))
-    rows = unit(embeddings.float()).cpu().numpy()
+    rows = float32_rows(embeddings, slice(None), "cosine").cpu().numpy()
     return torch.as_tensor(KMEANS_BACKENDS[backend](rows, k, seed, restarts)).long()
 
 # %% ../../nbs/50_retrieval/06_clustering.ipynb #8ff2e0d9
@@ -81,6 +82,10 @@ def cluster_agreement(
 
     check_labels(labels, len(embeddings))
     score = dict(NMI=metrics.normalized_mutual_info_score, AMI=metrics.adjusted_mutual_info_score)
+    names = listify(names)  # also a single name
+    for name in names:
+        if name not in score:
+            raise unknown("agreement of clusters", name, score)
     clusters = kmeans(embeddings, len(labels.unique()), seed, restarts, backend).numpy()
     return {name: float(score[name](labels.cpu().numpy(), clusters, average_method=average)) for name in names}
 
@@ -100,7 +105,7 @@ def class_distances(
     "Mean distance within classes, mean distance between class means, and their ratio."
     check_embeddings(embeddings)
     check_labels(labels, len(embeddings))
-    z, counts = unit(embeddings.float())[labels.argsort(stable=True)], labels.unique(return_counts=True)[1]
+    z, counts = float32_rows(embeddings, labels.argsort(stable=True), "cosine"), labels.unique(return_counts=True)[1]
     members = [part.double() for part in z.split(counts.tolist())]
 
     def mean(x):
@@ -118,7 +123,7 @@ def spectrum(
 ) -> dict[str, float]:  # "spectral decay" >= 0 (0: uniform) and "effective rank" in [1, D]
     "How evenly the directions of the embedding space are used."
     check_embeddings(embeddings)
-    z = unit(embeddings.float())
+    z = float32_rows(embeddings, slice(None), "cosine")
     gram = sum(part.double().T @ part.double() for part in z.split(4096))
     s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     s = (s / s.sum().clamp_min(1e-12)).clamp_min(1e-12)
@@ -139,7 +144,7 @@ def between_class_cosine(
     class_N, n_C = labels.to(embeddings.device).unique(return_inverse=True, return_counts=True)[1:]
     sum_CD = embeddings.new_zeros(len(n_C), embeddings.shape[1], dtype=torch.float64)
     for rows in torch.arange(len(embeddings), device=embeddings.device).split(4096):
-        sum_CD.index_add_(0, class_N[rows], unit(embeddings[rows].float()).double())
+        sum_CD.index_add_(0, class_N[rows], float32_rows(embeddings, rows, "cosine").double())
     cosines = sum_CD.sum(0).square().sum() - sum_CD.square().sum()
     pairs = len(embeddings) ** 2 - n_C.square().sum()
     return (cosines / pairs).item()

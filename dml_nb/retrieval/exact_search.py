@@ -57,9 +57,14 @@ def add_to_index(
     return faiss_index
 
 # %% ../../nbs/50_retrieval/05_exact_search.ipynb #1282076e
+def _faiss_on_gpu(ranker: Ranker) -> bool:
+    "Whether faiss holds the gallery on a GPU; the package faiss-cpu cannot."
+    return ranker.device.type == "cuda" and import_faiss("backend='torch'").get_num_gpus() > 0
+
+
 def _faiss_candidates(ranker: Ranker, k: int) -> int:
     "How many candidates faiss is asked for."
-    most = FAISS_GPU_MAX_K if ranker.device.type == "cuda" else ranker.N
+    most = FAISS_GPU_MAX_K if _faiss_on_gpu(ranker) else ranker.N
     if k > most:
         raise ValueError(
             f"faiss on a GPU returns at most {FAISS_GPU_MAX_K} neighbours, got k = {k}: use backend='torch'."
@@ -68,10 +73,10 @@ def _faiss_candidates(ranker: Ranker, k: int) -> int:
 
 
 def _flat_index(ranker: Ranker):
-    "An exhaustive faiss index of the gallery, on the gallery's device."
+    "An exhaustive faiss index of the gallery, on the gallery's device if faiss can use it."
     faiss = import_faiss("backend='torch'")
     faiss_index = (faiss.IndexFlatL2 if ranker.metric == "euclidean" else faiss.IndexFlatIP)(ranker.gallery.shape[1])
-    if ranker.device.type == "cuda":
+    if _faiss_on_gpu(ranker):
         faiss_index = faiss.index_cpu_to_all_gpus(faiss_index)
     return add_to_index(faiss_index, ranker.gallery, ranker.metric)
 

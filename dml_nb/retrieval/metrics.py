@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['LARGE_CLASS', 'EXTRA_METRICS', 'positives_in_lists', 'split_lists', 'add_metrics_at_R', 'Positives',
-           'first_positive_ranks', 'positives_in_rows', 'encode_labels', 'as_labels', 'recall_depths',
-           'as_evaluation_input', 'query_metrics', 'evaluate']
+           'first_positive_ranks', 'positives_in_rows', 'encode_labels', 'recall_depths', 'as_evaluation_input',
+           'query_metrics', 'evaluate']
 
 # %% ../../nbs/50_retrieval/07_metrics.ipynb #2f6d034b
 import warnings
 from operator import index
 from typing import Iterable, Iterator
 
-import numpy as np
 import torch
+from fastcore.basics import listify
 from torch import Tensor
 
-from ..core.checks import check_labels, unknown
+from ..core.checks import unknown
 from .clustering import between_class_cosine, class_distances, cluster_agreement, spectrum
-from .exact_scores import as_embeddings, offsets_to_rows, split_by_size
+from .exact_scores import as_embeddings, as_labels, offsets_to_rows, split_by_size
 from .ranker import RankedLists, Ranker
 from .ties import sort_rows
 
@@ -168,32 +168,15 @@ def encode_labels(
 ) -> tuple:  # an int64 tensor for each list, then the sorted names
     "Number the distinct names of all lists together."
     groups = [list(group) for group in groups]
-    classes = sorted(set().union(*groups))
+    try:
+        classes = sorted(set().union(*groups))
+    except TypeError:
+        kinds = " and ".join(sorted({type(name).__name__ for group in groups for name in group}))
+        raise ValueError(f"labels must be of one type, got {kinds}: fill in missing names first.") from None
     number = {name: i for i, name in enumerate(classes)}
     return *(torch.tensor([number[name] for name in group], dtype=torch.int64) for group in groups), classes
 
 # %% ../../nbs/50_retrieval/07_metrics.ipynb #63564ba4
-def as_labels(
-    labels,  # (size,) tensor, array, list or pandas column of integers
-    size: int,  # required length
-    device: torch.device | str = "cpu",  # device of the embeddings
-) -> Tensor:  # (size,) int64
-    "Labels as a tensor, or `ValueError`."
-    if not isinstance(labels, Tensor):
-        labels = np.asarray(labels)
-        if labels.dtype.kind == "O":
-            labels = np.asarray(labels.tolist())  # such as nullable integers of pandas
-        if labels.dtype.kind not in "iufb":
-            one = next(iter(labels.ravel().tolist()), None)
-            raise ValueError(
-                f"labels must be integers, got {type(one).__name__} such as {one!r}: number them with "
-                "`labels, classes = encode_labels(labels)` (queries and gallery in one call)."
-            )
-        labels = torch.as_tensor(labels.astype(np.int64) if labels.dtype.kind in "iu" else labels)
-    check_labels(labels, size)
-    return labels.to(device, torch.int64)
-
-
 def recall_depths(
     recall_at: int | Iterable[int],  # the K of Recall@K
 ) -> tuple[int, ...]:  # each at least 1
@@ -217,10 +200,11 @@ def as_evaluation_input(
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels belong together: pass both or neither.")
     same = gallery is None
-    Q, N = len(embeddings), len(embeddings) - 1 if same else len(gallery)
+    x = as_embeddings(embeddings, "query", may_be_empty=True)
+    g = None if same else as_embeddings(gallery, "gallery", may_be_empty=True)
+    Q, N = len(x), len(x) - 1 if same else len(g)
     if Q < 1 or N < 1:
         raise ValueError(f"cannot evaluate {Q} queries against {max(N, 0)} gallery images: pass at least one of each.")
-    x, g = as_embeddings(embeddings, "query"), None if same else as_embeddings(gallery, "gallery")
     y = as_labels(labels, Q, x.device)
     return x, y, g, y if same else as_labels(gallery_labels, N, x.device)
 
@@ -305,6 +289,7 @@ def evaluate(
     progress: bool = True,  # show a progress bar if ranking takes more than a few seconds
 ) -> dict[str, float]:  # "R@1" ... "MAP@R", "R-precision", "NMI" in [0, 1]; AMI may be negative, distances reach 2
     "Retrieval metrics as the papers define them, exact and without a full similarity matrix."
+    extra = tuple(listify(extra))  # also a single name
     for name in extra:
         if name not in EXTRA_METRICS:
             raise unknown("extra metric", name, EXTRA_METRICS)
@@ -316,7 +301,7 @@ def evaluate(
     )
     means = {rule: {name: v.nanmean().item() for name, v in values.items()} for rule, values in both.items()}
     _warn_of_ties(**means)
-    return means[ties] | _whole_set_metrics(x, y, ("NMI",) * with_nmi + tuple(extra), seed, kmeans_backend)
+    return means[ties] | _whole_set_metrics(x, y, ("NMI",) * with_nmi + extra, seed, kmeans_backend)
 
 # %% ../../nbs/50_retrieval/07_metrics.ipynb #c5a7515d
 def _warn_of_ties(optimistic: dict, pessimistic: dict):

@@ -77,14 +77,16 @@ def _check_comparable(query: Tensor, gallery: Tensor):
         )
     if query.dtype != gallery.dtype and torch.float64 in (query.dtype, gallery.dtype):
         raise ValueError(
-            f"query is {query.dtype} and gallery {gallery.dtype}: call .float() on both, "
+            f"query is {query.dtype} and gallery {gallery.dtype}: convert both to float32, "
             "because scores are those of float32 rows."
         )
 
 
 def _largest_number(query: Tensor, gallery: Tensor, metric: str) -> float:
-    "The largest magnitude of both, or `ValueError` if a number is not finite or an inner product can overflow."
+    "The largest magnitude of both, or `ValueError` if a number is not finite or scores overflow or all underflow."
     q, g = check_finite(query, "query"), check_finite(gallery, "gallery")
+    if metric != "cosine" and 0 < (q * g if metric == "inner" else max(q, g)) < 1e-36:
+        raise ValueError(f"scores of embeddings with numbers up to {max(q, g):.0e} underflow float32: scale them.")
     if (max(q, g) ** 2 if metric == "cosine" else q * g) * gallery.shape[1] > 1e38:
         raise ValueError(
             f"inner products of embeddings with numbers up to {max(q, g):.0e} overflow float32: scale them."

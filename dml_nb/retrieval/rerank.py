@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from fastcore.basics import patch
+from fastcore.basics import listify, patch
 from torch import Tensor
 
 from ..core.checks import unknown
 from ..core.similarity import unit
-from .exact_scores import offsets_to_rows, rows_to_offsets, split_by_size
+from .exact_scores import float32_rows, offsets_to_rows, rows_to_offsets, split_by_size
 from .metrics import as_evaluation_input, query_metrics
 from .ranker import RankedLists, Ranker
 from .ties import sort_lists
@@ -30,7 +30,7 @@ from .ties import sort_lists
 def expand(
     query: Tensor,  # (Q, D)
     gallery: Tensor | None = None,  # (N, D) images to find neighbours among; None: the other queries
-    n: int = 10,  # neighbours to add
+    n: int | None = None,  # neighbours to add; None: 10, or as many as there are
     alpha: float = 3.0,  # exponent of their weights; 0: equal weights
     memory_mb: float = 256.0,  # budget of working memory, beside the rounded gallery
     progress: bool = True,  # show a progress bar if the search takes more than a few seconds
@@ -40,21 +40,22 @@ def expand(
         raise ValueError(f"alpha must not be negative, got {alpha}: distant neighbours would count most.")
     ranker = Ranker(query, gallery, memory_mb=memory_mb, progress=progress)
     most = ranker.N - (gallery is None)
+    n = min(10, most) if n is None else n
     if not 1 <= n <= most:
         raise ValueError(f"n must lie in 1...{most}, the number of images to choose from, got {n}.")
-    images, expanded = query if gallery is None else gallery, unit(query.float())
+    images, expanded = ranker.gallery, float32_rows(ranker.query, slice(None), "cosine")
     scores, ids = ranker.nearest(n)
     step = max(1, int(memory_mb * 2**20 / (32 * n * query.shape[1])))  # queries whose neighbours are held at once
-    for rows in torch.arange(len(query), device=query.device).split(step):
-        weights = scores[rows].clamp(min=0) ** alpha
-        expanded[rows] += torch.einsum("bn,bnd->bd", weights, unit(images[ids[rows]].float()))
+    for rows in torch.arange(ranker.Q, device=ranker.device).split(step):
+        weights, neighbours = scores[rows].clamp(min=0) ** alpha, float32_rows(images, ids[rows].flatten(), "cosine")
+        expanded[rows] += torch.einsum("bn,bnd->bd", weights, neighbours.view(len(rows), n, -1))
     return unit(expanded)
 
 # %% ../../nbs/50_retrieval/09_rerank.ipynb #684e513e
 def expanded_ranker(
     query: Tensor,  # (Q, D)
     gallery: Tensor | None = None,  # (N, D); None: the queries are the gallery, and each leaves out itself
-    n: int = 10,  # neighbours to add
+    n: int | None = None,  # neighbours to add; None: 10, or as many as there are
     alpha: float = 3.0,  # exponent of their weights
     queries: bool = True,  # expand the queries?
     database: bool = False,  # augment the gallery?
@@ -151,8 +152,8 @@ class KReciprocal:
         self,
         query: Tensor,  # (Q, D)
         gallery: Tensor | None = None,  # (N, D); None: the queries are the gallery, and each leaves out itself
-        k1: int = 20,  # size of a neighbourhood
-        k2: int = 6,  # images that an encoding is averaged over, itself counted
+        k1: int | None = None,  # size of a neighbourhood; None: 20, or as many images as there are
+        k2: int | None = None,  # images that an encoding is averaged over, itself counted; None: 6, or k1 + 1
         weight: float = 0.3,  # lambda, share of the original distance
         memory_mb: float = 256.0,  # budget for the scores of a chunk
         progress: bool = True,  # show a progress bar if the search takes more than a few seconds
@@ -160,6 +161,8 @@ class KReciprocal:
         self.same, self.device, self.weight, self.memory_mb = gallery is None, query.device, weight, memory_mb
         self.Q, self.N = len(query), len(query if self.same else gallery)
         images = (query if self.same else torch.cat([query, gallery])).detach().cpu()
+        k1 = min(20, len(images) - 1) if k1 is None else k1
+        k2 = min(6, k1 + 1) if k2 is None else k2
         if not 1 <= k2 <= k1 + 1 or not k1 < len(images):
             raise ValueError(
                 f"k-reciprocal re-ranking needs 1 <= k2 <= k1 + 1 and k1 < {len(images)}, the number of images, "
@@ -258,7 +261,7 @@ def rerank_report(
     "Metrics of each re-ranking beside the plain ones."
     if ties not in ("optimistic", "pessimistic"):
         raise unknown("rule for ties", ties, ("optimistic", "pessimistic"))
-    methods, lines = methods if isinstance(methods, dict) else dict.fromkeys(methods, {}), {}
+    methods, lines = methods if isinstance(methods, dict) else dict.fromkeys(listify(methods), {}), {}
     for name in methods:
         if name not in RERANKERS:
             raise unknown("re-ranking", name, RERANKERS)

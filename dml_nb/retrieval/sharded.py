@@ -30,7 +30,8 @@ def search_shard(
     **settings,  # metric, memory_mb, precision, progress, as for `search`
 ) -> tuple[Tensor, Tensor]:  # (Q, k) scores and gallery ids; -inf and `NO_ID` where the shard has fewer rows
     "The k best rows of a shard for each query, with their ids in the whole gallery."
-    query, n, k = as_embeddings(query, "query"), len(shard), check_k(k, NO_ID)
+    query, shard = as_embeddings(query, "query"), as_embeddings(shard, "gallery", may_be_empty=True)
+    n, k = len(shard), check_k(k, NO_ID)
     scores = torch.full((len(query), k), -torch.inf, dtype=torch.float32, device=query.device)
     ids = torch.full((len(query), k), NO_ID, device=query.device)
     own = torch.full((len(query),), -1, device=query.device)  # row of the shard that each query leaves out
@@ -40,7 +41,7 @@ def search_shard(
     can_find = n > (own >= 0).long()
     rows = can_find.nonzero()[:, 0]
     if len(rows):
-        ranker = Ranker(query, as_embeddings(shard, "gallery"), exclude=own if n > 1 else None, **settings)
+        ranker = Ranker(query, shard, exclude=own if n > 1 else None, **settings)
         scores[rows], ids[rows] = ranker.nearest(k, rows)
     return scores, torch.where(ids == NO_ID, ids, ids + first)
 
@@ -74,6 +75,10 @@ def _or_raise_everywhere(do: Callable, group):
     return value
 
 
+def _rows(shard) -> int:
+    return len(as_embeddings(shard, "gallery", may_be_empty=True))
+
+
 def _fingerprint(
     query,  # (Q, D)
     *settings,  # what else must be the same in all processes
@@ -100,7 +105,7 @@ def search_sharded(
             "search_sharded needs torch.distributed: start with torchrun and call init_process_group, or use search."
         )
     same = (k, exclude_self, settings.get("metric", "cosine"))
-    size_and_print = _or_raise_everywhere(lambda: (len(shard), _fingerprint(query, *same)), group)
+    size_and_print = _or_raise_everywhere(lambda: (_rows(shard), _fingerprint(query, *same)), group)
     sizes, fingerprints = zip(*_gather(size_and_print, group))
     if len(set(fingerprints)) > 1:
         raise ValueError(

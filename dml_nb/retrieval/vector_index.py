@@ -92,9 +92,10 @@ def nearest(
 def search(
     self: VectorIndex,
     query: Tensor,  # (Q, D)
-    k: int = 10,  # how many
+    k: int | None = None,  # how many; None: 10, or all rows if there are fewer
 ) -> list[list[tuple]]:  # for each query (id, score) pairs, best first
     "Approximate k best rows of each query, by id."
+    k = min(10, len(self.ids)) if k is None else k
     scores, rows = (x.tolist() for x in self.nearest(query, k))
     return [[(self.ids[row], score) for score, row in zip(*pair) if row >= 0] for pair in zip(scores, rows)]
 
@@ -137,7 +138,7 @@ def _tune_effort(index: VectorIndex, ranker: Ranker, rows: Tensor, k: int, recal
 
 # %% ../../nbs/50_retrieval/11_vector_index.ipynb #e4f2ed62
 def build_index(
-    gallery,  # (N, D) tensor, array or memory map, on the CPU
+    gallery,  # (N, D) tensor, array or memory map
     ids=None,  # (N,) text, path or integer id of each row; None: row numbers
     kind: str = "auto",  # "flat", "hnsw", "ivf", or "auto": by the size of the gallery
     metric: str = "cosine",  # "cosine", "inner" or "euclidean"
@@ -147,7 +148,7 @@ def build_index(
     seed: int = 0,  # of the choice of these rows
 ) -> VectorIndex:
     "Index a gallery, and measure and print its recall."
-    gallery = as_embeddings(gallery, "gallery")
+    gallery = as_embeddings(gallery, "gallery").cpu()
     N, D = gallery.shape
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
@@ -191,8 +192,9 @@ def save(
     with TemporaryDirectory(dir=folder, prefix=".saving") as new:
         new, settings = Path(new), self.settings | dict(faiss=faiss.__version__)
         faiss.write_index(self.index, str(new / "index.faiss"))
-        (new / "ids.json").write_text(json.dumps(self.ids))
-        (new / "settings.json").write_text(json.dumps(settings | dict(checksum=_checksum(new, settings)), indent=1))
+        (new / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
+        settings |= dict(checksum=_checksum(new, settings))
+        (new / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
         for name in INDEX_FILES:
             os.replace(new / name, folder / name)
 
@@ -206,11 +208,11 @@ def load_index(
     if missing:
         raise ValueError(f"the index in {folder} is incomplete, {missing[0]} is missing: build and save it again.")
     try:
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except ValueError:
         settings = None
     if not isinstance(settings, dict) or settings.pop("checksum", None) != _checksum(folder, settings):
         raise ValueError(f"the files in {folder} do not match the checksum in settings.json: build and save it again.")
     faiss_index = import_faiss("search, which is exact").read_index(str(folder / "index.faiss"))
     _set_effort(faiss_index, settings["kind"], settings["effort"])
-    return VectorIndex(faiss_index, json.loads((folder / "ids.json").read_text()), settings)
+    return VectorIndex(faiss_index, json.loads((folder / "ids.json").read_text(encoding="utf-8")), settings)

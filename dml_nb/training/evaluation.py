@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import CancelValidException
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -70,6 +71,7 @@ class RetrievalMetrics(Callback):
     "Embed the test split every few epochs and log retrieval metrics and the deviation of the proxies."
 
     order = 51  # directly after fastai's Recorder (50), whose log line is replaced
+    remove_on_fetch = True  # fastai sets it aside while it fetches predictions for another callback
 
     def __init__(
         self,
@@ -79,35 +81,91 @@ class RetrievalMetrics(Callback):
         if every < 1:
             raise ValueError(f"every must be at least 1 epoch, got {every}.")
         self.recall_at, self.every, self.history, self.embeddings = recall_depths(recall_at), every, [], None
+        self.has_trained = False
 
     @property
-    def metric_names(self) -> list[str]:  # columns of the log after "train_loss"
+    def metric_names(self) -> list[str]:  # columns of the log after "train_loss" and "valid_loss"
         "Names of the logged metrics."
         recalls = [f"R@{K}" for K in self.recall_at]
         deviation = ["deviation"] if hasattr(self.loss_func, "proxies") else []
         return recalls + ["MAP@R", "R-precision", *deviation, "between-class cosine", "effective rank"]
 
+    @property
+    def is_idle(self) -> bool:  # in `lr_find` and `get_preds`
+        "Whether fastai's loop runs neither for training nor for an evaluation."
+        return hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds")
+
+    @property
+    def test_labels(self) -> Tensor:  # (N,)
+        "Labels of the test split, or `ValueError`."
+        if getattr(self.dls, "test_labels", None) is None:
+            raise ValueError(
+                "retrieval metrics need dls.test_labels, the labels of the images in dls.valid: "
+                "set it, or make dls by image_dls or feature_dls."
+            )
+        return self.dls.test_labels
+
     def before_fit(self):
         self.recorder.valid_metrics = False
-        self.recorder.metric_names = ["epoch", "train_loss", *self.metric_names, "time"]
+        self.recorder.metric_names = ["epoch", "train_loss", "valid_loss", *self.metric_names, "time"]
+        if not self.is_idle:
+            self.pause_trackers(False)
 
     def before_epoch(self):
         self.epoch_started, self.losses = perf_counter(), []
+        self.has_trained = self.has_stopped = self.is_due = False
+
+    def before_train(self):
+        if not self.is_idle:
+            self.has_trained, self.is_evaluated = True, False
+            self.place = len(self.history), len(self.recorder.values)  # of the entries of this epoch
+            self.pause_trackers(not self.epoch_is_due())
 
     def after_loss(self):
         if self.training:
             self.losses.append(self.loss.detach())
 
+    def after_fit(self):
+        if not self.is_idle:
+            self.pause_trackers(not (self.has_trained and len(self.test_labels) > 0))
+
 # %% ../../nbs/60_training/01_evaluation.ipynb #bc62de83
+@patch
+def epoch_is_due(
+    self: RetrievalMetrics,
+) -> bool:  # always false without test images
+    "Whether the present training epoch ends with an evaluation."
+    return len(self.test_labels) > 0 and (self.epoch % self.every == 0 or self.epoch == self.n_epoch - 1)
+
+
+@patch
+def pause_trackers(
+    self: RetrievalMetrics,
+    paused: bool,  # else they run again
+):
+    "Pause the callbacks that compare metrics, such as early stopping; in `validate` also those of the training loss."
+    for cb in self.learn.cbs:
+        if isinstance(cb, TrackerCallback):
+            needs_no_evaluation = cb.monitor == "train_loss" or getattr(cb, "every_epoch", False)
+            cb.run = not paused or (needs_no_evaluation and self.has_trained)
+
+
 @patch
 def before_validate(self: RetrievalMetrics):
     self.is_due, self.training_ended = False, perf_counter()
-    if not self.losses:
-        return  # the user called `get_preds` or `validate`, so there was no training epoch
-    self.is_due = self.epoch % self.every == 0 or self.epoch == self.n_epoch - 1
+    if self.is_idle:
+        return
+    if not self.has_trained and getattr(self.dl, "dl", self.dl) is not self.dls.valid:  # `.dl`: in several processes
+        raise ValueError(
+            "validate gives retrieval metrics of dls.valid only: "
+            "for other images, call evaluate with the embeddings from get_preds and their labels."
+        )
+    self.is_due = self.epoch_is_due() if self.has_trained and not self.has_stopped else len(self.test_labels) > 0
+    if not self.has_trained:
+        self.pause_trackers(True)
     if not self.is_due:
         raise CancelValidException
-    self.rows_filled, self.ids, self.embeddings = 0, torch.arange(len(self.dls.test_labels)), None
+    self.rows_filled, self.ids, self.embeddings = 0, torch.arange(len(self.test_labels)), None
     if world_size() > 1:
         self.learn.dl, self.ids = shard_loader(self.dls.test_plain, workers=self.dls.workers)
 
@@ -118,28 +176,65 @@ def after_pred(self: RetrievalMetrics):
         return
     pred = self.pred.detach().float()
     if self.embeddings is None:
-        device = ranking_device(pred, len(self.dls.test_labels))
+        device = ranking_device(pred, len(self.test_labels))
         self.embeddings = torch.empty(len(self.ids), pred.shape[1], device=device)
-    self.embeddings[self.rows_filled : self.rows_filled + len(pred)] = pred
+    rows = self.embeddings[self.rows_filled : self.rows_filled + len(pred)]
+    rows[:] = pred[: len(rows)]
     self.rows_filled += len(pred)
+
+
+@patch
+def after_cancel_validate(self: RetrievalMetrics):
+    self.is_due = False
 
 # %% ../../nbs/60_training/01_evaluation.ipynb #bd5d8934
 @patch
 def after_validate(self: RetrievalMetrics):
-    if not self.losses:
+    if self.is_idle or not (self.has_trained or self.is_due):
         return
-    entry = dict(epoch=self.epoch, train_loss=torch.stack(self.losses).mean().item())
-    if self.is_due:
-        if world_size() > 1:
-            self.embeddings = gather_by_id(self.embeddings, self.ids, len(self.dls.test_labels))
-        entry |= self.compute_metrics()
-        self.embeddings = self.embeddings.cpu()
-    metrics = [entry.get(name, float("nan")) for name in self.metric_names]
-    self.recorder.log = L(entry["epoch"], entry["train_loss"], *metrics)
-    seconds = dict(
-        train_seconds=self.training_ended - self.epoch_started, eval_seconds=perf_counter() - self.training_ended
-    )
-    self.history.append(entry | seconds)
+    entry = self.evaluate_test() if self.is_due else {}
+    log = L(1 - entry.get(f"R@{self.recall_at[0]}", float("nan")))  # valid_loss
+    log += [entry.get(name, float("nan")) for name in self.metric_names]
+    self.recorder.log = L(getattr(self.learn, "epoch", 0)) + log
+    if self.has_trained:
+        train_loss = torch.stack(self.losses).mean().item() if self.losses else float("nan")
+        self.recorder.log.insert(1, train_loss)
+        train_seconds, eval_seconds = self.training_ended - self.epoch_started, perf_counter() - self.training_ended
+        entry = dict(epoch=self.epoch, train_loss=train_loss) | entry
+        self.history[self.place[0] :] = [entry | dict(train_seconds=train_seconds, eval_seconds=eval_seconds)]
+
+
+@patch
+def evaluate_test(self: RetrievalMetrics) -> dict[str, float]:  # the same in all processes
+    "Metrics of the embeddings that the loop has collected."
+    if self.rows_filled != len(self.ids):
+        raise ValueError(
+            f"dls.valid gives {self.rows_filled} images, but dls.test_labels has {len(self.ids)} labels: "
+            "both must be the test images in order."
+        )
+    if world_size() > 1:
+        self.embeddings = gather_by_id(self.embeddings, self.ids, len(self.test_labels))
+    metrics, self.embeddings, self.is_evaluated = self.compute_metrics(), self.embeddings.cpu(), True
+    return metrics
+
+
+@patch
+def after_epoch(self: RetrievalMetrics):
+    "In `recorder.values`, which fastai plots, an epoch without evaluation repeats the last one."
+    values = self.recorder.values
+    if self.has_trained and not self.is_evaluated and len(values) > 1:
+        values[-1] = L(values[-1][0], *values[-2][1:])
+
+
+@patch
+def after_cancel_fit(self: RetrievalMetrics):
+    "Evaluate a network whose training was stopped, unless its loss is not finite."
+    if not self.has_trained or self.is_evaluated or not all(loss.isfinite() for loss in self.losses):
+        return
+    self.has_stopped = True
+    self.learn._do_epoch_validate()
+    del self.recorder.values[self.place[1] :], self.recorder.iters[self.place[1] :]
+    self.recorder.after_epoch()
 
 
 @patch
@@ -174,7 +269,7 @@ def queries_and_gallery(
     self: RetrievalMetrics,
 ) -> tuple[Tensor, ...]:  # embeddings, labels; with a separate gallery also its embeddings and labels
     "Arguments of `evaluate` for the test split."
-    z, y, is_query = self.embeddings, self.dls.test_labels, getattr(self.dls, "test_queries", None)
+    z, y, is_query = self.embeddings, self.test_labels, getattr(self.dls, "test_queries", None)
     if is_query is None:
         return z, y
     if is_query.shape != y.shape or is_query.dtype != torch.bool:
@@ -189,9 +284,9 @@ def queries_and_gallery(
 @patch(as_prop=True)
 def best(
     self: RetrievalMetrics,
-) -> dict:  # the entry of `history` with the highest Recall@K for the first K; the earliest of several
-    "The best epoch by the first entry of `recall_at`, usually Recall@1, from the start epoch of the loss on."
+) -> dict:  # the entry of `history` with the highest Recall@K for the first K; empty before the first evaluation
+    "The earliest best epoch by the first entry of `recall_at`, usually Recall@1, from the loss's start epoch on."
     name, start = f"R@{self.recall_at[0]}", getattr(self.loss_func, "start_epoch", 0)
     evaluated = [entry for entry in self.history if name in entry]
     acting = [entry for entry in evaluated if entry["epoch"] >= start]
-    return max(acting or evaluated, key=lambda entry: entry[name])
+    return max(acting or evaluated, key=lambda entry: entry[name], default={})
