@@ -148,7 +148,7 @@ MEASUREMENTS = dict(ratio=measure_ratio, share=measure_share, memory=measure_mem
 def in_a_process(kind, *args):
     "A measurement in a fresh process."
     case = [sys.executable, __file__, "--child", json.dumps([kind, *args])]
-    done = subprocess.run(case, capture_output=True, text=True)
+    done = subprocess.run(case, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])

@@ -158,7 +158,7 @@ def child(name, batch, num_classes, who, default=False):
     "Measure in a new process; the result holds `failed` with the reason if the process did not finish."
     command = [sys.executable, __file__, "--child", json.dumps([name, batch, num_classes, who, default])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return {"failed": f"over {LIMIT_S} s"}
     if done.returncode:
@@ -237,7 +237,9 @@ def processor() -> str:
     "Name of the processor."
     if sys.platform != "linux":
         return platform.processor()
-    names = (part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name"))
+    names = (
+        part.split(":")[1].strip() for part in open("/proc/cpuinfo", encoding="utf-8") if part.startswith("model name")
+    )
     return next(names, "")
 
 

@@ -160,7 +160,7 @@ def megabytes(device, name):
     """
     if device == "cuda":
         return (torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
-    return int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    return int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) / 1024
 
 
 def seconds(work, device):
@@ -198,7 +198,7 @@ def child(case, args, file):
     command = [args.oml if " oml" in case else sys.executable, __file__, "--child", case, "--data", file]
     command += ["--shrink", str(args.shrink), "--device", args.device]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=LIMIT_S)
     except (subprocess.TimeoutExpired, FileNotFoundError) as error:
         return {"note": f"over {LIMIT_S} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)}
     if done.returncode:
@@ -228,7 +228,7 @@ def installed_oml(python):
     if python is None:
         return ""
     code = "from importlib.metadata import version; print(version('open-metric-learning'))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    return subprocess.run([python, "-c", code], capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def hardware(device):
@@ -237,7 +237,9 @@ def hardware(device):
         return torch.cuda.get_device_name()
     if sys.platform != "linux":
         return platform.processor() or platform.machine()
-    names = (part.split(":")[1].strip() for part in open("/proc/cpuinfo") if part.startswith("model name"))
+    names = (
+        part.split(":")[1].strip() for part in open("/proc/cpuinfo", encoding="utf-8") if part.startswith("model name")
+    )
     return next(names, "") or platform.machine()
 
 

@@ -24,7 +24,12 @@ def dml_nb(tmp_path):
 
     def run(*args: str, status: int = 0) -> str:
         done = subprocess.run(
-            [command, *map(str, args)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [command, *map(str, args)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
         )
         assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr

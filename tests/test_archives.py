@@ -183,7 +183,7 @@ def test_an_encrypted_zip_file_is_refused(tmp_path):
 
 
 def test_a_web_page_instead_of_an_archive_is_refused(tmp_path):
-    (tmp_path / "a.tgz").write_text("<html>Please log in</html>")
+    (tmp_path / "a.tgz").write_text("<html>Please log in</html>", encoding="utf-8")
     refused(tmp_path / "a.tgz", "neither a zip nor a tar file")
 
 

@@ -59,9 +59,11 @@ def cub(tmp_path) -> Path:
     for shade, (_, path) in enumerate(images):
         draw(folder / "images" / path, shade)
     numbered = list(enumerate(images, 1))[::-1]
-    (folder / "images.txt").write_text("".join(f"{n} {path}\n" for n, (_, path) in numbered))
-    (folder / "image_class_labels.txt").write_text("".join(f"{n} {c}\n" for n, (c, _) in numbered[::-1]))
-    (folder / "images" / BIRDS[1] / "._Albatross_0.jpg").write_text("not an image")
+    (folder / "images.txt").write_text("".join(f"{n} {path}\n" for n, (_, path) in numbered), encoding="utf-8")
+    (folder / "image_class_labels.txt").write_text(
+        "".join(f"{n} {c}\n" for n, (c, _) in numbered[::-1]), encoding="utf-8"
+    )
+    (folder / "images" / BIRDS[1] / "._Albatross_0.jpg").write_text("not an image", encoding="utf-8")
     return folder
 
 
@@ -249,7 +251,7 @@ def sop(tmp_path) -> Path:
                 image += 1
                 lines.append(f"{image} {c} 1 bicycle_final/{111085122871 + c}_{i}.JPG\n")
                 draw(folder / lines[-1].split()[3], image)
-        (folder / f"Ebay_{part}.txt").write_text(SOP_HEADER + "".join(lines))
+        (folder / f"Ebay_{part}.txt").write_text(SOP_HEADER + "".join(lines), encoding="utf-8")
     return folder
 
 
@@ -310,7 +312,7 @@ def inshop(tmp_path) -> Path:
             draw(folder / path, len(lines))
             lines.append(f"{path:70} {item} {status}\n")
     header = f"{len(lines)}\nimage_name item_id evaluation_status\n"
-    (folder / "list_eval_partition.txt").write_text(header + "".join(lines))
+    (folder / "list_eval_partition.txt").write_text(header + "".join(lines), encoding="utf-8")
     return folder
 
 
@@ -339,7 +341,7 @@ def test_inshop_as_it_is_published(inshop, small):
 
 def test_unreadable_queries_can_be_left_out(inshop, small):
     small("inshop", inshop)
-    (inshop / "img/WOMEN/Dresses/id_00000001/00_1_front.jpg").write_text("not an image")
+    (inshop / "img/WOMEN/Dresses/id_00000001/00_1_front.jpg").write_text("not an image", encoding="utf-8")
     with pytest.warns(UserWarning, match="They are left out"):
         data = load_benchmark("inshop", inshop, on_corrupt="skip")
     assert data.test.is_query.tolist() == [False, True, False, False, True]
@@ -380,7 +382,7 @@ def test_a_query_without_a_gallery_image_of_its_class(inshop, small):
 def test_a_list_of_the_size_of_sop_is_read_in_seconds(tmp_path):
     for part, first in (("train", 1), ("test", 11_319)):
         rows = (f"{i} {first + i % 11_316} 1 lamp_final/{first}_{i}.JPG\n" for i in range(60_000))
-        (tmp_path / f"Ebay_{part}.txt").write_text(SOP_HEADER + "".join(rows))
+        (tmp_path / f"Ebay_{part}.txt").write_text(SOP_HEADER + "".join(rows), encoding="utf-8")
     started = time.perf_counter()
     assert len(benchmarks.read_sop(tmp_path).files) == 120_000
     assert time.perf_counter() - started < 20

@@ -83,7 +83,7 @@ def test_settings_are_checked_for_every_loss_before_the_first_is_searched(shell,
 
 def test_errors_go_to_stderr_and_the_exit_status_tells(dml_nb):
     def call(*args):
-        options = dict(cwd=dml_nb.folder, env=dml_nb.environment, capture_output=True, text=True)
+        options = dict(cwd=dml_nb.folder, env=dml_nb.environment, capture_output=True, encoding="utf-8")
         return subprocess.run([dml_nb.command, *args], **options)
 
     wrong = call("rows", "nope")
@@ -95,7 +95,7 @@ def test_errors_go_to_stderr_and_the_exit_status_tells(dml_nb):
 
 def test_a_closed_pipe_is_quiet(dml_nb):
     command = f"{shlex.quote(str(dml_nb.command))} rows | head -n 1"
-    done = subprocess.run(command, shell=True, env=dml_nb.environment, capture_output=True, text=True)
+    done = subprocess.run(command, shell=True, env=dml_nb.environment, capture_output=True, encoding="utf-8")
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
 
 

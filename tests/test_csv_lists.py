@@ -170,13 +170,13 @@ def test_a_quotation_mark_that_is_never_closed(folder):
 
 
 def test_an_unreadable_image_can_be_left_out(folder):
-    (folder / "a/1.png").write_text("not an image")
+    (folder / "a/1.png").write_text("not an image", encoding="utf-8")
     file = save(folder, table())
     with pytest.raises(ValueError, match="cannot be read"):
         load_csv(file)
     with pytest.warns(UserWarning, match="left out"):
         assert load_csv(file, on_corrupt="skip").test.is_query.tolist() == [False, False, True]
-    (folder / "c/1.png").write_text("not an image")
+    (folder / "c/1.png").write_text("not an image", encoding="utf-8")
     (folder / "a/1.png").write_bytes((folder / "a/2.png").read_bytes())
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="queries but no gallery image"):
         load_csv(file, on_corrupt="skip")

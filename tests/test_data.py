@@ -61,7 +61,7 @@ def test_a_folder_that_does_not_exist(tmp_path):
 
 def test_files_are_decoded_again_only_after_a_change(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "data", dict(a=2, b=2, c=2))
-    (folder / "c/2.png").write_text("hello")
+    (folder / "c/2.png").write_text("hello", encoding="utf-8")
     files, opened = sorted(folder.glob("*/*")), []
     whole = files[1].read_bytes()
     files[1].write_bytes(whole[: len(whole) // 2])
@@ -100,12 +100,12 @@ def test_what_is_left_out_is_counted_and_named_in_one_sentence(tmp_path):
     folder = write_folder(tmp_path / "data", dict(a=2, b=2))
     for name in ("a/x.heic", "a/y.HEIC", "b/notes", "b/film.mpg", "a/more/1.jpg", "a/more/deep/2.png", "a/more/x.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("")
+        (folder / name).write_text("", encoding="utf-8")
     for link in ("a/l0.jpg", "a/l1.jpg", "gone"):
         (folder / link).symlink_to("/absent/annex")
     os.mkfifo(folder / "b/pipe.jpg")
-    (folder / "loose.jpg").write_text("")
-    (folder / "README.md").write_text("")
+    (folder / "loose.jpg").write_text("", encoding="utf-8")
+    (folder / "README.md").write_text("", encoding="utf-8")
     data, (said,) = loaded(folder)
     assert len(data.train) == len(data.test) == 2
     assert said.startswith("in data, these files are left out: ") and said.count("\n") == 0
@@ -125,9 +125,9 @@ def test_files_of_the_system_and_hidden_files_are_no_part_of_the_data(tmp_path):
     folder = write_folder(tmp_path / "data", dict(a=2, b=2))
     for name in ("a/._0.jpg", "a/.DS_Store", "b/Thumbs.db", "b/desktop.ini", ".git/x.jpg", "__MACOSX/a/0.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("")
+        (folder / name).write_text("", encoding="utf-8")
     (folder / "a/.thumbnails").mkdir()
-    (folder / "a/.thumbnails/0.jpg").write_text("")
+    (folder / "a/.thumbnails/0.jpg").write_text("", encoding="utf-8")
     data, said = loaded(folder)
     assert (data.train.classes, data.test.classes, len(data.train), said) == (["a"], ["b"], 2, [])
 
@@ -177,7 +177,7 @@ def test_two_folders_that_differ_only_in_how_an_accent_is_stored(tmp_path):
 
 def test_an_unreadable_file_is_reported_with_the_counts(tmp_path):
     folder = write_folder(tmp_path / "data", dict(a=3, b=2))
-    (folder / "a/0.jpg").write_text("hello")
+    (folder / "a/0.jpg").write_text("hello", encoding="utf-8")
     with pytest.raises(ValueError, match=r"1 of 5 files in the 2 classes of data cannot be read: a/0.jpg \("):
         load_folder(folder)
 
@@ -323,7 +323,7 @@ def birds():
 )
 def test_a_noise_list_that_does_not_fit(tmp_path, birds, labels, names, on_mismatch, message):
     file = tmp_path / "list.csv"
-    file.write_text("".join(f"/elsewhere/{n},{y}\n" for n, y in zip(names, labels)))
+    file.write_text("".join(f"/elsewhere/{n},{y}\n" for n, y in zip(names, labels)), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_noise_list(file, birds, on_mismatch)
 

@@ -33,7 +33,12 @@ def test_links_become_links_between_pages(tmp_path):
     write_site([top / name for name in texts], site, top)
     assert dead_links(site) == []
     start, contents = site / "index.html", site / "20_data" / "index.html"
-    assert all(f'href="20_data/{page}"' in start.read_text() for page in ("index.html", "03_folders.html#a-title"))
-    assert 'href="03_folders.html"' in contents.read_text() and "Reads folders" in contents.read_text()
+    assert all(
+        f'href="20_data/{page}"' in start.read_text(encoding="utf-8")
+        for page in ("index.html", "03_folders.html#a-title")
+    )
+    assert 'href="03_folders.html"' in contents.read_text(encoding="utf-8") and "Reads folders" in contents.read_text(
+        encoding="utf-8"
+    )
     contents.unlink()
     assert dead_links(site) == ["index.html: 20_data/index.html"]

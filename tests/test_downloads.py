@@ -143,13 +143,13 @@ def test_a_part_of_another_address_is_not_continued(server, tmp_path):
 
 def test_a_rest_that_does_not_exist_begins_again(server, tmp_path):
     (tmp_path / "birds.tgz.part").write_bytes(CONTENT + b"more")
-    (tmp_path / "birds.tgz.part.version").write_text(f"{server.url}\n{ETAG}")
+    (tmp_path / "birds.tgz.part.version").write_text(f"{server.url}\n{ETAG}", encoding="utf-8")
     assert get(server, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_complete_part_needs_no_request(server, tmp_path):
     (tmp_path / "birds.tgz.part").write_bytes(CONTENT)
-    (tmp_path / "birds.tgz.part.version").write_text(f"{server.url}\n{ETAG}")
+    (tmp_path / "birds.tgz.part.version").write_text(f"{server.url}\n{ETAG}", encoding="utf-8")
     assert get(server, tmp_path).read_bytes() == CONTENT and server.asked == []
 
 

@@ -214,7 +214,7 @@ def test_what_training_could_not_open_is_found_when_the_data_are_loaded(tmp_path
     whole, bad = buffer.getvalue(), [tmp_path / name for name in ("cut.jpg", "empty.jpg", "text.png", "absent.png")]
     bad[0].write_bytes(whole[: len(whole) // 2])
     bad[1].touch()
-    bad[2].write_text("hello")
+    bad[2].write_text("hello", encoding="utf-8")
     good = saved(tmp_path, "good.png", PHOTO)
     assert list(decoding_errors([*bad, good])) == [0, 1, 2, 3]
     assert not any(str(tmp_path) in reason for reason in decoding_errors(bad).values())

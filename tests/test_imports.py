@@ -23,7 +23,7 @@ OPTIONAL = [
 
 def python(code: str) -> str:
     "Output of code that runs in a new interpreter."
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

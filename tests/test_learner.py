@@ -526,7 +526,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_worker_processes_of_any_start_method_give_the_same_batches(method, photos, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-W", "ignore", tmp_path / "script.py", tmp_path / "photos", method]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300)
     assert done.stdout == "equal\n", done.stderr[-2000:]

@@ -730,7 +730,7 @@ def test_memory_is_bounded():
         [sys.executable, "-W", "ignore", "-c", MEMORY],
         env=given_back_at_once,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     grown = [int(mb) for mb in run.stdout.split()]

@@ -152,7 +152,7 @@ def test_an_archive_without_the_folder(public_cub, tmp_path, monkeypatch):
 def test_what_a_killed_process_left_is_removed(public_cub, tmp_path):
     left = tmp_path / "data/.CUB_200_2011.x1y2/data"
     left.mkdir(parents=True)
-    (left / "images.txt").write_text("half")
+    (left / "images.txt").write_text("half", encoding="utf-8")
     prepare("cub", progress=False)
     assert not left.parent.exists()
 
@@ -172,7 +172,7 @@ def test_an_incomplete_folder_is_named(public_cub, tmp_path):
 
 
 def test_a_data_root_that_cannot_be_written(public_cub, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("DML_NB_DATA", str(tmp_path / "file" / "data"))
     with pytest.raises(OSError, match="cannot write to .* set DML_NB_DATA to a folder that you can write"):
         prepare("cub", progress=False)
@@ -200,8 +200,8 @@ def test_the_hashes_tell_other_files_from_other_pixels(public_cub, cub_copy):
     scaled = prepare("cub", root=cub_copy)
     assert scaled["list"] == first["list"] and scaled["content"] != first["content"]
     image.rename(image.with_name("other.jpg"))
-    text = (cub_copy / "images.txt").read_text()
-    (cub_copy / "images.txt").write_text(text.replace(image.name, "other.jpg"))
+    text = (cub_copy / "images.txt").read_text(encoding="utf-8")
+    (cub_copy / "images.txt").write_text(text.replace(image.name, "other.jpg"), encoding="utf-8")
     assert prepare("cub", root=cub_copy)["list"] != first["list"]
 
 
@@ -235,7 +235,7 @@ def test_cars_is_put_together_from_three_files(new_cars, server, monkeypatch, tm
     monkeypatch.setitem(PUBLIC_DATA, "cars", replace(PUBLIC_DATA["cars"], archives=archives))
     monkeypatch.setitem(BENCHMARKS, "cars", replace(BENCHMARKS["cars"], counts=counts))
     assert prepare("cars", progress=False)["train images"] == 5
-    assert json.loads((tmp_path / "data/cars196/manifest.json").read_text())["test classes"] == 2
+    assert json.loads((tmp_path / "data/cars196/manifest.json").read_text(encoding="utf-8"))["test classes"] == 2
 
 
 def test_data_sets_of_the_package_and_ones_own(glyph_folder):

@@ -395,7 +395,7 @@ def test_memory_is_bounded(what):
     before = status("VmRSS")
     search(query, gallery, 10, memory_mb=48)
     print(status("VmHWM") - before)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert float(done.stdout) < 130
 
 

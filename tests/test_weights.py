@@ -249,4 +249,4 @@ def test_the_question_needs_no_torch():
         why_no_weights("small_cnn")
         print({"torch", "numpy"} & {*sys.modules})
     """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip() == "set()"
