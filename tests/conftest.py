@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,20 @@ def shell(tmp_path, monkeypatch):
         return done.output
 
     return run
+
+
+@pytest.fixture
+def serve():
+    "Start an HTTP server on this machine for a class of requests; it stops with the test."
+
+    def start(handler) -> ThreadingHTTPServer:
+        httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}"
+        thread = threading.Thread(target=httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
+        for stop in (thread.join, httpd.server_close, httpd.shutdown):  # called in reverse order
+            started.callback(stop)
+        thread.start()
+        return httpd
+
+    with ExitStack() as started:
+        yield start

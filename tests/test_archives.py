@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_files(tmp_path, mode):
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
 @pytest.mark.parametrize(
-    "name", ["../x", "a/../../x", "/tmp/x", "..\\x", "a\\..\\..\\x", "C:\\x", "c:x", "\\\\host\\share\\x", "//host/x"]
+    "name", ["../x", "a/../../x", "/x", "..\\x", "a\\..\\..\\x", "C:\\x", "c:x", "\\\\host\\share\\x", "//host/x"]
 )
 def test_a_member_that_leaves_the_folder_is_refused(tmp_path, write, name):
     refused(write(tmp_path / "archive", IMAGES | {name: b"x"}), "lies outside the target folder")

@@ -2,9 +2,8 @@
 
 import hashlib
 import multiprocessing
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -51,19 +50,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+def server(serve):
+    httpd = serve(Handler)
     httpd.content, httpd.version = CONTENT, {"ETag": ETAG}
     httpd.cuts, httpd.statuses, httpd.asked = [], [], []
     httpd.knows_ranges = httpd.knows_if_range = httpd.states_length = True
     httpd.silence, httpd.extra_length = 0, 0
-    httpd.url = f"http://127.0.0.1:{httpd.server_port}/birds.tgz"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
-    thread.start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    httpd.url += "/birds.tgz"
+    return httpd
 
 
 @pytest.fixture(autouse=True)

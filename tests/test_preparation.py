@@ -5,11 +5,10 @@ import json
 import multiprocessing
 import shutil
 import tarfile
-import threading
 import time
 from dataclasses import replace
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -39,17 +38,12 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path):
-    (tmp_path / "web").mkdir()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path / "web"))
+def server(tmp_path, serve):
+    httpd = serve(partial(Handler, directory=tmp_path / "web"))
+    httpd.folder = tmp_path / "web"
+    httpd.folder.mkdir()
     httpd.asked, httpd.cuts, httpd.delay = [], [], 0
-    httpd.folder, httpd.url = tmp_path / "web", f"http://127.0.0.1:{httpd.server_port}"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
-    thread.start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    return httpd
 
 
 @pytest.fixture(autouse=True)

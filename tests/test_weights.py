@@ -4,9 +4,8 @@ import hashlib
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ def checkpoint(folder, change=lambda state: state, **save_options):
 
 
 @pytest.fixture
-def server():
+def server(serve):
     "Serves the bytes in `server.files`; the last `server.cut` bytes are announced but not sent."
 
     class Handler(BaseHTTPRequestHandler):
@@ -45,15 +44,9 @@ def server():
         def log_message(self, *args):
             pass
 
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd = serve(Handler)
     httpd.files, httpd.cut, httpd.asked = {}, 0, []
-    httpd.url = f"http://127.0.0.1:{httpd.server_port}"
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
-    thread.start()
-    yield httpd
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
+    return httpd
 
 
 def sha256_of(file):
