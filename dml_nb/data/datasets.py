@@ -24,8 +24,8 @@ REQUIRED_FILES = {  # name -> groups of files or folders in the data root, of wh
     "cub": [("CUB_200_2011/images.txt", "CUB_200_2011/image_class_labels.txt")],
     "cars": [
         ("cars196/cars_annos.mat",),
-        ("cars196/devkit/cars_train_annos.mat", "cars196/devkit/cars_test_annos_withlabels.mat"),
         ("cars196/devkit/cars_train_annos.mat", "cars196/cars_test_annos_withlabels.mat"),
+        ("cars196/devkit/cars_train_annos.mat", "cars196/devkit/cars_test_annos_withlabels.mat"),
     ],
     "sop": [("Stanford_Online_Products/Ebay_train.txt", "Stanford_Online_Products/Ebay_test.txt")],
     "inshop": [("inshop/list_eval_partition.txt",), ("inshop/Eval/list_eval_partition.txt",)],
