@@ -223,7 +223,7 @@ def test_the_current_folder_has_a_name(tmp_path, monkeypatch):
     assert load_dataset(tmp_path / "link").name == "link"
 
 
-@pytest.mark.parametrize("name", ["list.csv", "photos.zip"])
+@pytest.mark.parametrize("name", ["list.txt", "photos.zip"])  # a CSV file is a data set
 def test_a_file_is_not_called_a_missing_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).touch()

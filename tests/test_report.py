@@ -464,8 +464,9 @@ def test_settling_notebook_judges_each_option_against_the_base(tmp_path):
             (dict(calib_lambda=0), 0.55),
             (dict(calib_lambda=1), 0.5),
         ):
+            settings = dict(calib_lambda=0.01) | overrides
             write_run(
-                tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed, recall + 0.001 * seed * len(overrides), **overrides
+                tmp_path / "runs", "002-II/cub-cp-pa-k-3", seed, recall + 0.001 * seed * len(overrides), **settings
             )
     text = execute("settling", tmp_path, runs="runs")
     assert re.search(

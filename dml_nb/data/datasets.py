@@ -82,7 +82,7 @@ def load_dataset(
         return _readers()[str(name)](root, on_corrupt)
     if isinstance(name, (str, os.PathLike)) and str(name):
         path = Path(name).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             return load_folder(name, on_corrupt)
         if path.suffix.lower() == ".csv":
             return load_csv(name, on_corrupt)
