@@ -13,17 +13,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
-import torch
 
 from dml_nb.experiments import batch, run_store
 from dml_nb.experiments import notebook_job as job_module
 from dml_nb.experiments.tables import find_rows
+from dml_nb.training.checkpoint import read_checkpoint
 
 SMALL = dict(backbone="small_cnn", embedding_size=32, batch_size=24, lr=0.001)
 TINY = ["--backbone", "small_cnn", "--set", "embedding_size=32", "--set", "batch_size=24", "--set", "lr=0.001"]
@@ -71,8 +70,7 @@ def checkpoints(folder):
 
 
 def epochs_before(checkpoint):
-    content = BytesIO(checkpoint.read_bytes()[32:])  # after its hash
-    return torch.load(content, weights_only=True)["history"]
+    return read_checkpoint(checkpoint)["history"]
 
 
 def check_resumed(folder, before, epochs):

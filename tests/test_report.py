@@ -80,21 +80,22 @@ def test_versions_are_never_in_one_mean_and_copies_count_once(tmp_path):
 
 
 def test_experiments_in_their_own_folders_stay_out_of_the_tables(tmp_path):
+    out = tmp_path / "out"
     for seed in range(3):
         for name, recall in (("cp-pa-k-3", 0.56), ("cp-pa-k-2", 0.55), ("cp-pa-k-1", 0.54)):
-            write_run(tmp_path, f"002-II/cub-{name}", seed, recall)
+            write_run(out, f"002-II/cub-{name}", seed, recall)
         for capacity in (1, 5, 60):
-            write_run(tmp_path / "settling", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
-            write_run(tmp_path / "figure4", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
-    assert len(load_results(tmp_path)) == 9 and len(load_results(tmp_path / "settling")) == 9
-    assert len(paired_tests(load_results(tmp_path))) == 3
-    (part,) = report_sections(load_results(tmp_path))
+            write_run(out / "settling", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
+            write_run(out / "figure4", "002-II/cub-cp-pa-k-3", seed, 0.6, capacity=capacity)
+    assert len(load_results(out)) == 9 and len(load_results(out / "settling")) == 9
+    assert len(paired_tests(load_results(out))) == 3
+    (part,) = report_sections(load_results(out))
     assert part.title == "002-II, cub, 512-d" and len(part.beside) == 3
-    both = report_sections(load_results([tmp_path, tmp_path / "settling"]))
+    both = report_sections(load_results([out, out / "settling"]))
     assert [len(part.tests) for part in both] == [3, 3] and both[1].title == "Changed settings: 002-II, cub, 512-d"
     assert both[0].beside.equals(part.beside), "ablations change nothing in the table: neither its lines nor its ranks"
     with pytest.raises(ValueError, match="name that folder"):
-        load_results(tmp_path.parent)
+        load_results(tmp_path)
 
 
 def test_changed_runs_have_a_family_of_their_own(tmp_path):

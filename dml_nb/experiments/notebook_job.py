@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from shutil import disk_usage
 
@@ -166,12 +165,13 @@ def record_failure(
 
 # %% ../../nbs/70_experiments/06_notebook_job.ipynb #3ed752ac
 def _say_where_it_resumes(job: Job, checkpoint: Path, say: Callable[[str], object]):
-    import torch
+    if not checkpoint.exists():
+        return
+    from dml_nb.training.checkpoint import read_checkpoint  # imports fastai
 
     try:
-        content = BytesIO(checkpoint.read_bytes()[32:])  # after its hash
-        epoch = torch.load(content, map_location="cpu", weights_only=True)["epoch"]
-    except Exception:  # absent; or damaged, which the notebook reports
+        epoch = read_checkpoint(checkpoint)["epoch"]
+    except (OSError, ValueError, KeyError):  # damaged, which the notebook reports
         return
     say(f"resumes after epoch {epoch}: {epoch + 1} of {job.settings['epochs']} epochs were finished before ...")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMED_BLOCK', 'OWN_BLOCK', 'RANK_COLUMN', 'INDEX_LEVELS', 'VALUES_NOTE', 'TESTS_NOTE', 'AGREEMENT_NOTE',
-           'NO_COMMIT', 'means_over_seeds', 'collapse_text', 'claimed_setting', 'side_by_side', 'describe_runs',
+           'means_over_seeds', 'collapse_text', 'claimed_setting', 'side_by_side', 'describe_runs',
            'untrained_sentences', 'agreement_text', 'agreement_table', 'ReportSection', 'tests_table',
            'report_sections']
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from .record import COLLAPSED, NO_COMMIT, SPACE_METRICS
 from dml_nb.experiments.results import (
     EXPERIMENT,
     claimed_metrics,
@@ -24,7 +25,6 @@ from dml_nb.experiments.results import (
     runs_frame,
     untrained_metrics,
 )
-from .run_store import COLLAPSED, SPACE_METRICS
 from dml_nb.experiments.statistics import (
     MIN_METHODS,
     format_interval,
@@ -187,9 +187,6 @@ intervals. They were measured with other backbones and with the whole network tr
 may hold there."""
 
 # %% ../../nbs/70_experiments/14_report_tables.ipynb #cb2522dd
-NO_COMMIT = "not a git checkout"  # what a run stores where its package lies outside git
-
-
 def _count(n: int, what: str) -> str:  # "2 runs"
     return f"{n} {what}" + ("" if n == 1 else "s")
 

@@ -32,7 +32,7 @@ from ..data import load_dataset
 from ..data.image_sets import ImageSet, RetrievalData
 from ..data.label_noise import read_noise_list, symmetric_noise, with_noise
 from .recipes import check_seed, computed_settings, flat_settings, is_table_setting, noise_rate
-from .record import SPACE_METRICS, best_line, epoch_metrics
+from .record import NO_COMMIT, SPACE_METRICS, best_line, epoch_metrics
 from .run_store import stage_result, untrained_file
 from .tables import is_own_data, row_of
 from ..losses import create_loss
@@ -217,7 +217,7 @@ def _git_commit() -> str:
             return _git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         pass
-    return "not a git checkout"
+    return NO_COMMIT
 
 
 def environment() -> dict[str, str]:  # versions, hardware, git commit

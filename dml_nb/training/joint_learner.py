@@ -64,10 +64,6 @@ class JointLearner(Learner):
     def rates(self) -> dict[str, float]:  # group of parameters -> learning rate
         return dict(zip(parameter_groups(self.model, self.loss_func), self.lr))
 
-    @property
-    def group_lrs(self) -> list[float]:  # the values of `rates`
-        return self.lr
-
     def create_opt(self):
         "Create the optimiser of network and loss."
         self.opt = self.opt_func(list(parameter_groups(self.model, self.loss_func).values()))

@@ -124,7 +124,8 @@ def fit(
             self.check_training(n_epoch)
         Learner.fit(self, n_epoch, lr, wd, cbs, reset_opt)
     except KeyboardInterrupt:
-        print(f"interrupted in epoch {self.epoch} of 0 to {n_epoch - 1}: a checkpoint holds the epochs before it")
+        epoch = getattr(self, "epoch", self.first_epoch)  # the first epoch may not have begun
+        print(f"interrupted in epoch {epoch} of 0 to {n_epoch - 1}: a checkpoint holds the epochs before it")
         raise
     finally:
         self.first_epoch = 0
