@@ -56,7 +56,7 @@ class LiteralCP:
         distance_CKm = (w[:, :, None] - self.queue[:, None]).square().sum(3)
         value = loss.host(multi_proxy_similarity(x, loss.proxies, loss.proxy_temp) + global_similarity, y)
         value = value + distance_CKm.mean((1, 2)).sum()
-        return value + loss.regulariser(loss.proxies) if loss.regulariser else value
+        return value + loss.regulariser(w) if loss.regulariser else value
 
     def remember(self, x, y):
         for z, c in zip(unit(x.detach()), y.tolist()):

@@ -56,7 +56,7 @@ class CalibrateProxyLoss(DMLLoss):
         calib_lambda: float = 1.0,  # λ, weight of the calibration
         center_weight: float = 1.0,  # weight of S_g
         center: str = "raw",  # "raw", or "centred" (ours): S_g without the mean of all global centres
-        regulariser: Callable[[Tensor], Tensor] | None = None,  # of the (C, K, D) proxies, added in every epoch
+        regulariser: Callable[[Tensor], Tensor] | None = None,  # of the (C, K, D) unit proxies, added in every epoch
     ):
         super().__init__()
         check_whole(start_epoch=(start_epoch, 0))
@@ -116,7 +116,7 @@ def compute(
     else:
         L_c = self.calibration(w_CKD, labels)  # before the host: autograd then adds its gradient in place
         loss = self.host(self.similarity(z_BD, w_CKD), labels) + self.calib_lambda * L_c
-    return loss + self.regulariser(self.proxies.to(embeddings.dtype)) if self.regulariser else loss
+    return loss + self.regulariser(w_CKD) if self.regulariser else loss
 
 # %% ../../nbs/40_losses/30_calibrate_proxy.ipynb #ed589c6d
 @patch

@@ -110,11 +110,11 @@ def similarity(
 
 # %% ../../nbs/40_losses/31_proxy_hosts.ipynb #42fadb5e
 def weighted_spread(
-    proxies: Tensor,  # (C, K, D)
+    w_CKD: Tensor,  # (C, K, D) unit proxies
     tau: float,  # τ
 ) -> Tensor | float:  # scalar; 0 with one proxy a class
     "SoftTriple's regulariser τR."
-    return tau * proxy_spread(proxies) if proxies.shape[1] > 1 and tau else 0.0
+    return tau * proxy_spread(w_CKD) if w_CKD.shape[1] > 1 and tau else 0.0
 
 # %% ../../nbs/40_losses/31_proxy_hosts.ipynb #01e1cb4b
 def _defaults_of_loss(name, *parameters):

@@ -13,7 +13,7 @@ from ..core.checks import check_at_least, check_default, check_whole
 from ..core.similarity import euclidean, unit
 from .base import DMLLoss, register
 from .cosface_arcface import margin_softmax
-from .proxy_anchor import multi_proxy_similarity
+from .proxy_anchor import proxy_similarity
 from .softmax import own_similarity
 
 # %% ../../nbs/40_losses/27_softtriple.ipynb #bc5b9158
@@ -28,11 +28,10 @@ def softtriple_loss(
 
 # %% ../../nbs/40_losses/27_softtriple.ipynb #c2f30f15
 def proxy_spread(
-    proxies: Tensor,  # (C, K, D), K at least 2
+    w_CKD: Tensor,  # (C, K, D) unit proxies, K at least 2
 ) -> Tensor:  # scalar
     "Half the mean distance between the proxies of a class (SoftTriple's regulariser)."
-    C, K, _ = proxies.shape
-    w_CKD = unit(proxies)
+    C, K, _ = w_CKD.shape
     distance_CKK = euclidean(w_CKD @ w_CKD.transpose(1, 2), eps=1e-5)
     return distance_CKK.triu(1).sum() / (C * K * (K - 1))
 
@@ -71,7 +70,7 @@ class SoftTripleLoss(DMLLoss):
         labels: Tensor,  # (B,) class ids
     ) -> Tensor:  # scalar
         "Similarity with each class, softmax with margin, and the regulariser if a class has several proxies."
-        proxies = self.proxies.to(embeddings.dtype)
-        sim_BC = multi_proxy_similarity(embeddings, proxies, self.proxy_temp)
+        w_CKD = unit(self.proxies.to(embeddings.dtype))
+        sim_BC = proxy_similarity(unit(embeddings), w_CKD, self.proxy_temp)
         value = softtriple_loss(sim_BC, labels, self.scale, self.margin)
-        return value if self.tau == 0 or proxies.shape[1] == 1 else value + self.tau * proxy_spread(proxies)
+        return value if self.tau == 0 or w_CKD.shape[1] == 1 else value + self.tau * proxy_spread(w_CKD)
