@@ -1,5 +1,6 @@
 "Unpacking of archives: hostile names, links, damage, and interruptions; nothing half-written stays."
 
+import errno
 import gzip
 import io
 import os
@@ -199,6 +200,19 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(archives.shutil, "copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
         unpack(file, tmp_path / "new")
+    assert os.listdir(tmp_path) == ["a.zip"]
+
+
+def test_a_disk_that_gets_full_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    archive = write_zip(tmp_path / "a.zip", {"a/1.jpg": b"image"})
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(
+        OSError, match=r"a.zip cannot be unpacked into .*\(No space left on device\): it needs a folder"
+    ):
+        unpack(archive, tmp_path / "new")
     assert os.listdir(tmp_path) == ["a.zip"]
 
 

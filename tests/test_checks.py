@@ -23,7 +23,7 @@ E, Y = torch.zeros(3, 4), torch.tensor([0, 1, 1])
         (lambda: check_labels(Y.float(), 3), "labels must be integers, got torch.float32"),
         (lambda: check_labels(Y > 0, 3), "labels must be integers, got torch.bool"),
         (lambda: check_labels(Y.to_sparse(), 3), "labels must be a dense tensor, got the layout torch.sparse_coo"),
-        (lambda: check_labels(Y.to("meta"), 3), "labels are on the device 'meta'"),
+        (lambda: check_labels(Y.to("meta"), 3), "labels must not be on the device 'meta'"),
         (lambda: check_labels(Y - 1, 3, 2), "label -1 is outside 0...1: number the classes from 0"),
         (lambda: check_labels(Y, 3, 1), "label 1 is outside 0...0"),
         (lambda: check_sample_ids(Y - 1, 3), "sample_ids must be 0 or above, got -1"),

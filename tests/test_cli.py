@@ -1,6 +1,7 @@
 "The command line as a new user meets it: wrong names, values, folders and locales; every remedy in a message works."
 
 import os
+import re
 import shlex
 import subprocess
 import warnings
@@ -9,6 +10,8 @@ from shutil import copytree
 
 import pytest
 
+from dml_nb.core.files import data_root
+from dml_nb.data.datasets import is_here
 from dml_nb.experiments import batch, tune
 from dml_nb.face import cli
 
@@ -21,7 +24,7 @@ TUNE = ("tune", "MS", "--dataset", "glyphs", "--backbone", "small_cnn", "--regim
     [
         (["nope"], 2, "No such command 'nope'"),
         (["rows", "nope"], 1, "unknown table, row or method 'nope'"),
-        (["rows", ""], 1, "unknown table, row or method ''"),
+        (["rows", ""], 1, "there is no table, row or method ''"),
         (["rows", "a", "b"], 2, "unexpected extra argument"),
         (["run"], 2, "Missing argument"),
         (["data"], 2, "Missing argument"),
@@ -29,6 +32,16 @@ TUNE = ("tune", "MS", "--dataset", "glyphs", "--backbone", "small_cnn", "--regim
         (["data", "/nope"], 1, "folder /nope does not exist"),
         (["data", "a.txt"], 1, "a.txt is a file, not a folder"),
         (["data", "./a.txt"], 1, "a.txt is a file, not a folder"),
+        (["data", "none.csv"], 1, "none.csv does not exist"),
+        (["data", "glyhps"], 1, "did you mean 'glyphs'?"),
+        (["data", "cub", "--root", ""], 2, "'' is not a folder"),
+        (["data", "cub", "--root", "a.txt"], 2, "'a.txt' is not a folder"),
+        (["data", "cub", "--root", "nope"], 1, "CUB needs images.txt and image_class_labels.txt in nope/CUB_200_2011"),
+        (["data", "groceries", "--root", "nope"], 1, "groceries needs natural in nope/groceries"),
+        (["data", "glyphs", "--root", "."], 1, "comes with the package: leave out --root."),
+        (["data", "glyphs", "--noise", "20%"], 1, "--noise needs --show"),
+        (["data", "glyphs", "--show", "--noise", "0.2"], 1, "--noise expects a percentage, got '0.2'"),
+        (["data", "glyphs", "--out", "a.txt"], 2, "'a.txt' is not a folder"),
         (["run", "II", "--dataset", "/nope"], 1, "folder /nope does not exist"),
         ([*RUN, "--seeds", ""], 1, "--seeds expects whole numbers separated by commas, got ''"),
         ([*RUN, "--seeds", "0,"], 1, "got '0,': for example --seeds 0,1,2"),
@@ -103,7 +116,7 @@ def test_a_terminal_without_a_locale(dml_nb, glyph_folder):
     folder = Path(copytree(glyph_folder, dml_nb.folder / "letters"))
     os.rename(folder / "a", folder / "ä")
     dml_nb.environment.update(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
-    assert "6 classes" in dml_nb("data", "letters")
+    assert re.search("train classes +6\n", dml_nb("data", "letters"))
     (folder / "ä" / "broken.png").write_bytes(b"")
     assert "broken.png" in dml_nb("data", "letters", status=1)
 
@@ -127,7 +140,50 @@ def test_paths_in_every_spelling_are_the_same_folder(shell, glyph_folder, monkey
         outputs.add(shell("data", path))
     monkeypatch.chdir(folder)
     outputs |= {shell("data", "."), shell("data", "../my pictures é")}
-    assert len(outputs) == 1 and outputs.pop().startswith("my pictures é\n")
+    assert len(outputs) == 1 and re.match("name +my pictures é\n", outputs.pop())
+
+
+def test_a_data_set_is_shown_by_its_counts_hashes_and_terms(shell, glyph_folder):
+    "A copy given by --root is only read; a second call prints the same."
+    output = shell("data", "groceries-mini")
+    assert output == shell("data", "groceries-mini")
+    shown = dict(re.split(" {2,}|(?<=cite) ", line, maxsplit=1) for line in output.splitlines())
+    assert (shown["train images"], shown["test classes"]) == ("984", "40")
+    assert re.fullmatch("[0-9a-f]{64}", shown["list"]) and re.fullmatch("[0-9a-f]{32}", shown["content"])
+    assert shown["terms"] == "MIT licence" and "WACV 2019" in shown["please cite"]
+    assert "terms" not in shell("data", glyph_folder) and not list(glyph_folder.glob("*.json"))
+
+
+def test_a_page_shows_a_data_set_with_wrong_labels(shell, glyph_folder):
+    output = shell("data", glyph_folder, "--show", "--noise", "20%")
+    file = Path("runs/data-letters.html")
+    assert re.search(f"page +{file}\n", output)
+    page = file.read_text(encoding="utf-8")
+    assert page.count("<img") > 50 and "Wrong labels" in page and "symmetric 20%" in page
+    shell("data", glyph_folder, "--show", "--out", "pages")
+    assert "Wrong labels" not in Path("pages/data-letters.html").read_text(encoding="utf-8")
+
+
+def test_published_data_sets_are_verified_in_place(shell):
+    "The copies in the data root, if there are any."
+    found = [name for name in ("groceries", "groceries-iconic", "cub") if is_here(name)]
+    if not found:
+        pytest.skip("neither groceries nor cub are here: set DML_NB_DATA to the folder that holds them")
+    for name in found:
+        folder = data_root() / ("CUB_200_2011" if name == "cub" else "groceries")
+        before = sorted(folder.iterdir())
+        output = shell("data", name, "--root", folder)
+        counts = {"cub": ("5,864", "5,924"), "groceries": ("2,544", "2,877"), "groceries-iconic": ("2,544", "2,917")}
+        assert re.findall("(?:train|test) images +(.*)", output) == list(counts[name])
+        assert str(folder.resolve()) in output and sorted(folder.iterdir()) == before
+
+
+def test_a_data_set_without_an_address_says_what_to_do(shell, monkeypatch, tmp_path):
+    monkeypatch.setenv("DML_NB_DATA", str(tmp_path / "data"))
+    output = shell("data", "inshop", status=1)
+    for part in ("1. Open https://", "img_highres", "  img/MEN/Denim/", "Please cite Z. Liu"):
+        assert part in output
+    assert not (tmp_path / "data").exists()
 
 
 def test_home_is_expanded_in_a_folder_for_results(monkeypatch, tmp_path):
@@ -143,8 +199,8 @@ def test_the_advice_to_skip_unreadable_files_names_the_option(shell, glyph_folde
     (folder / "a" / "broken.png").write_bytes(b"no picture")
     for args in (
         ["data", "damaged"],
-        ["run", "circle", "--dataset", "damaged"],
-        ["tune", "MS", "--dataset", "damaged", *TUNE[4:]],
+        ["run", "circle", "--dataset", "damaged", "--set", "batch_size=10"],
+        ["tune", "MS", "--dataset", "damaged", *TUNE[4:], "--set", "batch_size=10"],
     ):
         output = shell(*args, status=1)
         assert "145 files" in output and "broken.png" in output
@@ -239,7 +295,7 @@ def test_ctrl_c_is_quiet(shell, monkeypatch, args):
 
     for place in (
         "dml_nb.experiments.tables.all_rows",
-        "dml_nb.data.load_dataset",
+        "dml_nb.data.preparation.load_dataset",
         "dml_nb.experiments.results.load_results",
         "dml_nb.experiments.batch.run_rows",
         "subprocess.run",

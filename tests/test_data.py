@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from dml_nb.core.files import data_root
 from dml_nb.data import image_files, load_dataset
 from dml_nb.data.datasets import no_dataset
 from dml_nb.data.folders import load_folder
 from dml_nb.data.groceries import ARCHIVE
 from dml_nb.data.image_files import decoding_errors, open_image
 from dml_nb.data.image_sets import ImageSet, RetrievalData
-from dml_nb.data.label_noise import read_noise_list
+from dml_nb.data.label_noise import read_noise_list, with_noise
 from dml_nb.data.loaders import eval_loader
 
 
@@ -349,3 +350,72 @@ def test_a_noise_list_from_windows_or_a_mac_fits(tmp_path):
     file.write_bytes(b"caf\xe9/0.jpg,1\n")
     with pytest.raises(ValueError, match="2 of 2 training images of x have no line in list.csv"):
         read_noise_list(file, data)
+
+
+def cars(folder: str = "", number: int = 5) -> RetrievalData:
+    "Cars-196 as its reader gives it: the order of the authors, in which the Integra comes after the RL and the TL."
+    classes = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012", "Acura Integra Type R 2001"]
+    files = [(c, part, n) for c in range(4) for part, n in (("train", 10 + c), ("test", 20 + c), ("test", 30 + c))]
+    files += [(1, "train", 77), (1, "test", 77)]  # the same number twice
+    paths = [Path(folder or f"cars_{part}") / f"{n:0{number}}.jpg" for _, part, n in files]
+    train = ImageSet("cars/train", [c for c, _, _ in files], classes, paths=paths)
+    test = ImageSet("cars/test", [0, 0], ["Volvo"], paths=[Path("cars_test/00001.jpg"), Path("cars_test/00002.jpg")])
+    return RetrievalData("cars", train, test)
+
+
+def cars_list(file: Path) -> Path:
+    "A list in the format of PRISM: folders with the names of classes, which are numbered by name; one label is wrong."
+    names = {1: "AM General Hummer SUV 2000", 3: "Acura RL Sedan 2012", 4: "Acura TL Sedan 2012"}
+    names[2] = "Acura Integra Type R 2001"
+    old = {1: 0, 2: 3, 3: 1, 4: 2}
+    lines = [(f"{names[y]}/{tens + old[y]:05}", y) for y in sorted(names) for tens in (20, 10, 30)]
+    lines += [("Acura RL Sedan 2012/00077", 3), ("Acura RL Sedan 2012/00077_2", 1)]
+    text = "".join(f"/data/cars196/images/{name}.jpg,{y}\n" for name, y in lines)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_the_lists_for_cars_are_matched_by_class_name_and_number_classes_by_name(tmp_path):
+    noise = read_noise_list(cars_list(tmp_path / "CARS_0.1noised_train.csv"), cars())
+    assert noise.true_class.tolist() == [0, 3, 1, 2]
+    assert noise.wrong.tolist() == [False] * 13 + [True]  # the second 77 is that of cars_test
+    noisy = with_noise(cars(), noise).train
+    assert noisy.classes[noisy.labels[-1]] == "AM General Hummer SUV 2000"
+    assert noisy.classes[1] == "Acura Integra Type R 2001" and noisy.labels[1].item() == 0
+
+
+def test_the_older_form_of_cars_says_which_form_the_lists_name(tmp_path):
+    file = cars_list(tmp_path / "CARS_0.1noised_train.csv")
+    with pytest.raises(ValueError, match="14 of 14 training images of cars .* name the newer form, in cars_train and"):
+        read_noise_list(file, cars("car_ims", number=6))
+
+
+def test_a_list_for_sop_names_images_by_category_and_counts_as_the_data_set(tmp_path):
+    names = [f"bicycle_final/{111085122871 + c}_{i}.JPG" for c in range(12) for i in range(2)]
+    classes = [str(c) for c in range(1, 13)]
+    train = ImageSet("sop/train", [i // 2 for i in range(24)], classes, paths=list(map(Path, names)))
+    data = RetrievalData("sop", train, ImageSet("x", [0, 0], ["11319"], paths=[Path("a/0.JPG"), Path("a/1.JPG")]))
+    labels = [i // 2 + 1 for i in range(24)]
+    labels[3], labels[8] = 12, 7
+    file = tmp_path / "SOP_0.1noised_train.csv"
+    lines = (f"/data/Stanford_Online_Products/{n},{y}\n" for n, y in zip(names, labels))
+    file.write_text("".join(lines), encoding="utf-8")
+    noise = read_noise_list(file, data)
+    assert noise.wrong.nonzero()[:, 0].tolist() == [3, 8] and noise.true_class.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("rate", ["0.1", "0.2", "0.5"])
+def test_the_published_lists_fit_the_classes_in_the_order_of_the_authors(rate):
+    "The whole lists for Cars, if they are here: the order of the classes changes nothing about what is wrong."
+    file = data_root() / "prism" / f"CARS_{rate}noised_train.csv"
+    if not file.is_file():
+        pytest.skip(f"{file} is not here: set DML_NB_DATA to the folder that holds prism")
+    named = [line.rpartition(",") for line in file.read_text(encoding="utf-8").splitlines()]
+    folders = sorted({Path(name).parent.name for name, _, _ in named})
+    moved = [*folders[1::2], *folders[::2]]
+    paths, true = [Path(name) for name, _, _ in named], [moved.index(Path(name).parent.name) for name, _, _ in named]
+    data = RetrievalData("cars", ImageSet("cars/train", true, moved, paths=paths), cars().test)
+    noise = read_noise_list(file, data)
+    assert int(noise.wrong.sum()) == {"0.1": 863, "0.2": 1628, "0.5": 4021}[rate]
+    assert [moved[c] for c in noise.true_class.tolist()] == folders

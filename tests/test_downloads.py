@@ -1,11 +1,14 @@
 "Downloads from a local HTTP server that cuts, damages, exchanges, hides or withholds the file."
 
+import errno
 import hashlib
 import multiprocessing
+import os
 import time
 from http.server import BaseHTTPRequestHandler
 
 import pytest
+import requests
 
 from dml_nb.data import downloads
 from dml_nb.data.downloads import ATTEMPTS, download
@@ -233,6 +236,21 @@ def test_a_full_disk_is_noticed_before_the_download(server, tmp_path, monkeypatc
     with pytest.raises(OSError, match="GB free, but the rest of .* needs .* GB: free some space"):
         get(server, tmp_path)
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_gets_full_during_the_download_is_named(server, tmp_path, monkeypatch):
+    whole = requests.Response.iter_content
+
+    def until_full(response, size):
+        yield next(whole(response, size))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(requests.Response, "iter_content", until_full)
+        with pytest.raises(OSError, match=r"cannot write to .*\(No space left on device\): free some space"):
+            get(server, tmp_path)
+    assert "birds.tgz" not in names(tmp_path)
+    assert get(server, tmp_path).stat().st_size == SIZE
 
 
 def _in_process(url, file, results):

@@ -11,8 +11,10 @@ from PIL import Image
 from dml_nb.core.files import cache_root, content_hashes, once_per_file
 from dml_nb.data.folders import load_folder
 from dml_nb.data.image_files import decoding_errors, open_image, to_rgb
-from dml_nb.data.image_sets import ImageSet, same_checksum
+from dml_nb.data.image_sets import ImageSet, RetrievalData, same_checksum
+from dml_nb.models import create_embedder
 from dml_nb.models.features import cached_features, images_hash
+from dml_nb.models.input_spec import image_transform
 
 
 @pytest.fixture(autouse=True)
@@ -220,6 +222,20 @@ def test_what_training_could_not_open_is_found_when_the_data_are_loaded(tmp_path
     assert not any(str(tmp_path) in reason for reason in decoding_errors(bad).values())
 
 
+@pytest.mark.parametrize("size", [(20_000, 50), (50, 20_000)])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_picture_of_20000_pixels_is_read_and_cut_to_size(tmp_path, size, train):
+    path = saved(tmp_path, "panorama.png", Image.new("RGB", size, "red"))
+    assert decoding_errors([path]) == {}
+    spec = create_embedder("efficientnet_lite0", 16, pretrained=False).spec
+    assert image_transform(spec, train=train)(open_image(path)).shape == (3, spec.crop, spec.crop)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    assert "cannot identify image file" in decoding_errors([tmp_path / "empty.jpg"])[0]
+
+
 def test_a_picture_that_promises_billions_of_pixels_is_refused(tmp_path):
     def chunk(name, content):
         numbers = np.array([len(content), zlib.crc32(name + content)], ">u4")
@@ -315,3 +331,22 @@ def test_without_a_cache_everything_works(tmp_path, monkeypatch):
 def test_results_of_earlier_versions_are_not_called_changed():
     assert same_checksum("57271cd917889410", "0" * 32)
     assert not same_checksum("1" * 32, "0" * 32) and not same_checksum("1" * 16, "0" * 16)
+
+
+@pytest.mark.parametrize("classes, held", [(4, 2), (5, 2), (10, 3), (100, 30)])
+def test_the_held_out_part_always_has_classes_to_confuse(classes, held):
+    data = in_memory(classes).holdout(0.3)
+    assert (len(data.train.classes), len(data.test.classes)) == (classes - held, held)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_too_few_classes_to_hold_some_out_are_one_clear_error(classes):
+    with pytest.raises(ValueError, match=f"^{classes} training classes, of which 2 are held out, leave .* at least 2"):
+        in_memory(classes).holdout(0.3)
+
+
+def in_memory(classes):
+    "This number of training classes with two images each, and one class for the test."
+    labels = np.arange(classes + 1).repeat(2)
+    images = ImageSet("small", labels, [str(c) for c in range(classes + 1)], array=np.zeros((len(labels), 2, 2), "u1"))
+    return RetrievalData("small", images.subset(range(classes), "train"), images.subset([classes], "test"))

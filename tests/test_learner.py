@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback, TerminateOnNaNCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import load_learner
+from fastcore.basics import noop
 from PIL import Image
 from torch import nn
 
 from dml_nb.data.folders import load_folder
-from dml_nb.data.loaders import TensorSet, set_epoch, train_loader
+from dml_nb.data.loaders import TensorSet, eval_loader, set_epoch, train_loader
 from dml_nb.data.samplers import ClassSampler
 from dml_nb.losses import create_loss
 from dml_nb.models import create_embedder
@@ -48,6 +50,12 @@ def features():
     return x[y < C], y[y < C], x[y >= C], y[y >= C] - C
 
 
+def without_output(learn):
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
 def new_learner(loss="proxy_anchor", model=None, batch_size=12, folder=None, **options):
     "Random features of six classes of eight, four batches an epoch."
     torch.manual_seed(0)
@@ -55,9 +63,7 @@ def new_learner(loss="proxy_anchor", model=None, batch_size=12, folder=None, **o
     model = EmbeddingHead(16, D) if model is None else model
     loss = create_loss(loss, num_classes=C, embedding_size=D, **params)
     options = dict(lr=1e-2, proxy_lr_mult=1.0, warm_epochs=0) | options
-    learn = dml_learner(feature_dls(*features(), batch_size), model, loss, **options)
-    for silent in (learn.no_bar(), learn.no_logging()):
-        silent.__enter__()
+    learn = without_output(dml_learner(feature_dls(*features(), batch_size), model, loss, **options))
     if folder is not None:
         learn.path = folder
     return learn
@@ -79,10 +85,7 @@ def photo_learner(photos, **options):
     torch.manual_seed(0)
     model = create_embedder("small_cnn", D, pretrained=False)
     loss = create_loss("proxy_anchor", num_classes=len(photos.train.classes), embedding_size=D)
-    learn = dml_learner(image_dls(photos, model.spec, 4), model, loss, lr=1e-3, **options)
-    for silent in (learn.no_bar(), learn.no_logging()):
-        silent.__enter__()
-    return learn
+    return without_output(dml_learner(image_dls(photos, model.spec, 4), model, loss, lr=1e-3, **options))
 
 
 def state(learn):
@@ -288,7 +291,7 @@ def test_get_preds_embeds_test_and_training_images_in_order(photos):
     for ds_idx, plain in enumerate((learn.dls.train_plain, learn.dls.test_plain)):
         embeddings, labels = learn.get_preds(ds_idx=ds_idx)
         with torch.no_grad():
-            expected = learn.model(torch.stack([plain[i][0] for i in range(len(plain))]))
+            expected = learn.model(torch.cat([x for (x,) in eval_loader(plain)]))
         assert torch.allclose(embeddings, expected, atol=1e-6) and labels.equal(plain.labels)
     assert torch.equal(learn.get_preds(dl=learn.dls.train)[0], learn.get_preds(0)[0])
     assert torch.equal(learn.get_preds(dl=learn.dls.valid)[0], learn.get_preds()[0])
@@ -458,6 +461,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
     learn.fit(3, cbs=[Checkpoint(tmp_path, "run")])
     file = tmp_path / "checkpoint.pt"
     content = file.read_bytes()
+    (tmp_path / "checkpoint.previous.pt").unlink()  # it would be used instead
     draw = random.Random(0)
     for bit in [0, 7, 8 * len(content) - 1, *(draw.randrange(8 * len(content)) for _ in range(100))]:
         damaged = bytearray(content)
@@ -472,10 +476,13 @@ def test_one_flipped_bit_in_a_checkpoint_is_refused(tmp_path):
 
 
 def test_a_file_that_is_no_checkpoint_of_this_run_is_refused(tmp_path):
-    for content in (dict(epoch=3), [1, 2], dict(key="other")):
-        torch.save(content, tmp_path / "checkpoint.pt")
-        with pytest.raises(ValueError, match="belongs to the run"):
-            resume(new_learner(), tmp_path / "checkpoint.pt", "run")
+    new_learner().fit(1, cbs=[Checkpoint(tmp_path, "other")])
+    with pytest.raises(ValueError, match="belongs to the run other, not to run: delete it or choose another folder"):
+        resume(new_learner(), tmp_path / "checkpoint.pt", "run")
+    torch.save([1, 2], tmp_path / "checkpoint.pt")
+    (tmp_path / "checkpoint.previous.pt").unlink()
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        resume(new_learner(), tmp_path / "checkpoint.pt", "run")
 
 
 # images that are drawn twice

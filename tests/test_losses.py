@@ -415,7 +415,7 @@ def test_a_trainer_may_scale_the_value_in_place(name):
     "change, message",
     [
         (lambda x: x.to_sparse(), "embeddings must be a dense tensor, got the layout torch.sparse_coo"),
-        (lambda x: x.to("meta"), "embeddings are on the device 'meta'"),
+        (lambda x: x.to("meta"), "embeddings must not be on the device 'meta'"),
         (lambda x: x.tolist(), "embeddings must be a tensor, got list"),
         (lambda x: x * torch.nan, "NaN or infinity, first in row 0"),
     ],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dml_nb.core.golden import fixture, golden_value
 from dml_nb.core.similarity import unit
 from dml_nb.retrieval import metrics as metrics_module
-from dml_nb.retrieval.clustering import class_distances, cluster_agreement, kmeans, spectrum
+from dml_nb.retrieval.clustering import between_class_cosine, class_distances, cluster_agreement, kmeans, spectrum
 from dml_nb.retrieval.metrics import Positives, encode_labels, evaluate, query_metrics
 from dml_nb.retrieval.query_analysis import intervals, per_class, per_query
 from dml_nb.retrieval.ranker import Ranker
@@ -404,10 +404,10 @@ def test_far_images_of_other_classes_change_nothing(part, count):
         (dict(embeddings=pd.DataFrame(np.eye(4))), r"got DataFrame: .* np.array\(\.\.\.\) of a .* table"),
         (dict(embeddings=torch.ones(4, 2).to_sparse()), r"query must be a dense tensor.*call .to_dense\(\)"),
         (dict(embeddings=torch.ones(4, 2).to_sparse_csr()), r"query must be a dense tensor.*call .to_dense\(\)"),
-        (dict(embeddings=torch.ones(4, 2, device="meta")), "query must hold numbers, and the device 'meta' holds none"),
+        (dict(embeddings=torch.ones(4, 2, device="meta")), "query .*on the device 'meta', which stores no numbers"),
         (dict(embeddings=torch.ones(4, 2).to(torch.float8_e4m3fn)), "convert it to float32"),
         (dict(gallery=3.0, gallery_labels=[1]), "gallery must be a tensor or an array, got float"),
-        (dict(labels=torch.ones(4, device="meta").long()), "labels must hold numbers"),
+        (dict(labels=torch.ones(4, device="meta").long()), "labels .*on the device 'meta'"),
         (dict(labels=torch.ones(4).long().to_sparse()), r"labels must be a dense tensor.*call .to_dense\(\)"),
         (dict(labels=np.array([True, False, True, False])), "got bool such as True: number them with"),
         (dict(labels=[]), r"labels must have shape \(4,\)"),
@@ -796,3 +796,10 @@ def test_two_processes_embed_a_share_each_and_agree_with_one(tmp_path):
         torch.testing.assert_close(rows, embeddings, rtol=0, atol=1e-5)
         for a, b in zip(found, lines, strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_clusters_and_distances_take_labels_of_any_integer_type(dtype):
+    x, y = DATA["clustered"]
+    for measure in (cluster_agreement, class_distances, between_class_cosine):
+        assert measure(x, y.to(dtype)) == measure(x, y)

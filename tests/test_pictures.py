@@ -13,6 +13,8 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from dml_nb.experiments.example_runs import example_result  # noqa: E402
+from dml_nb.experiments.plots import plot_ranks, plot_recall, plot_results  # noqa: E402
 from dml_nb.retrieval.view import plain_text, plot_history, plot_retrieval, plot_tsne  # noqa: E402
 
 NAMES = ["$$", "$", "$x^$", r"a\$b$", r"\$$", "cost $5 and $6", "<script>", "_under", "a\\", os.fsdecode(b"caf\xe9")]
@@ -81,3 +83,24 @@ def test_embeddings_of_any_type_are_mapped(change):
 def test_what_cannot_be_mapped_is_named(x, message):
     with pytest.raises(ValueError, match=message):
         plot_tsne(x, torch.arange(6) // 2)
+
+
+LONG = "a name that is longer than those of the papers, "
+
+
+@pytest.mark.parametrize(
+    "changes", [[{}], [{}, dict(method=LONG * 3)], [dict(data_name=LONG * 2)]], ids=["one run", "method", "data"]
+)
+def test_pictures_of_few_runs_and_long_names_fit_their_frame(changes):
+    runs = [example_result("002-II/cub-cp-pa-k-3", seed) | change for seed, change in enumerate(changes)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "Tight layout not applied"
+        plot_results(runs)
+        plot_recall(runs)
+
+
+def test_a_picture_of_two_ranks_fits_its_frame():
+    runs = [example_result(f"002-II/cub-cp-pa-k-{k}", 0, own_setting=True) for k in (1, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_ranks(runs)

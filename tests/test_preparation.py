@@ -1,8 +1,10 @@
 "Data sets prepared from a local server, and verified in place."
 
+import errno
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import tarfile
 import time
@@ -15,7 +17,7 @@ import pytest
 from PIL import Image
 from test_benchmarks import CAR_NAMES, cells, cub, inshop, new_cars, structs  # noqa: F401
 
-from dml_nb.data import load_dataset, preparation
+from dml_nb.data import list_datasets, load_dataset, preparation
 from dml_nb.data.benchmarks import BENCHMARKS, read_cub
 from dml_nb.data.downloads import file_fault
 from dml_nb.data.preparation import PUBLIC_DATA, Archive, prepare
@@ -172,6 +174,25 @@ def test_a_data_root_that_cannot_be_written(public_cub, tmp_path, monkeypatch):
         prepare("cub", progress=False)
 
 
+def test_a_full_disk_leaves_no_data_set(public_cub, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dml_nb.data.archives.shutil.copyfileobj", full)
+        with pytest.raises(OSError, match="CUB_200_2011.tgz cannot be unpacked .*No space left"):
+            prepare("cub", progress=False)
+    assert left_in(tmp_path / "data") == ["downloads/CUB_200_2011.tgz"]
+    assert prepare("cub", progress=False)["train images"] == 4
+
+
+def test_spaces_and_other_letters_in_the_data_root(public_cub, tmp_path, monkeypatch):
+    monkeypatch.setenv("DML_NB_DATA", str(tmp_path / "Daten für alle"))
+    manifest = prepare("cub", progress=False)
+    assert manifest["manifest"] == str(tmp_path / "Daten für alle/CUB_200_2011/manifest.json")
+    assert prepare("cub", progress=False) == manifest
+
+
 @pytest.mark.parametrize("inner", [True, False], ids=["the folder itself", "the folder that holds it"])
 def test_a_copy_is_verified_in_place_and_not_changed(public_cub, cub_copy, tmp_path, inner):
     before = left_in(tmp_path)
@@ -202,7 +223,8 @@ def test_the_hashes_tell_other_files_from_other_pixels(public_cub, cub_copy):
 def test_inshop_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         prepare("inshop")
-    for part in ("InShopRetrieval.html", "request form", "Do not take img_highres.zip", str(tmp_path / "data/inshop")):
+    named = "InShopRetrieval.html", "request form", "Do not take img_highres.zip", str(tmp_path / "data/inshop")
+    for part in (*named, "\n  list_eval_partition.txt\n  img/MEN/Denim/"):
         assert part in str(error.value)
     assert not (tmp_path / "data").exists()
 
@@ -236,6 +258,39 @@ def test_data_sets_of_the_package_and_ones_own(glyph_folder):
     assert prepare("glyphs")["folder"] == ""
     manifest = prepare(glyph_folder)
     assert manifest["content"] == load_dataset(glyph_folder).checksum and manifest["folder"] == str(glyph_folder)
+    assert manifest["terms"] == manifest["manifest"] == "" and "DejaVu" in prepare("glyphs")["terms"]
+
+
+def test_ones_own_data_with_the_name_of_a_public_data_set_have_not_its_terms(glyph_folder, tmp_path):
+    manifest = prepare(shutil.copytree(glyph_folder, tmp_path / "cub"))
+    assert (manifest["name"], manifest["terms"], manifest["please cite"]) == ("cub", "", "")
+
+
+@pytest.mark.parametrize("name", ["glyphs", "groceries-mini", "folder"])
+def test_a_root_belongs_to_a_named_data_set_outside_the_package(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=f"{name}' has no root, .*: leave out root"):
+        prepare(tmp_path / name if name == "folder" else name, root=tmp_path)
+
+
+def test_a_list_with_relative_and_absolute_paths(glyph_folder, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(glyph_folder, tmp_path / "mine/letters"))
+    images = sorted(folder.glob("[a-d]/*.png"))
+    paths = [image.relative_to(tmp_path / "mine") if i % 2 else image for i, image in enumerate(images)]
+    lines = ["path,label", *(f"{path},{path.parent.name}" for path in paths)]
+    (tmp_path / "mine/own.csv").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "mine")
+    manifest = prepare("own.csv")
+    assert (manifest["train images"], manifest["folder"]) == (24, str(folder))
+    assert manifest["list"] == prepare(tmp_path / "mine/own.csv")["list"]
+
+
+def test_a_copy_that_holds_a_manifest_is_compared_with_it(public_cub, tmp_path):
+    folder = Path(prepare("cub", progress=False)["folder"])
+    assert prepare("cub", root=folder)["manifest"] == str(folder / "manifest.json")
+    Image.new("RGB", (6, 6), "white").save(next((folder / "images").rglob("*.jpg")))
+    with pytest.raises(ValueError, match="is not as it was prepared: content changed"):
+        prepare("cub", root=folder)
 
 
 def test_addresses_and_sizes_are_those_of_fastai():
@@ -251,10 +306,12 @@ def test_addresses_and_sizes_are_those_of_fastai():
 
 
 def test_every_description_is_complete(tmp_path):
-    assert PUBLIC_DATA.keys() == BENCHMARKS.keys()
+    assert PUBLIC_DATA.keys() == set(list_datasets())
     (tmp_path / "a").write_bytes(b"a")
-    for public in PUBLIC_DATA.values():
-        assert public.terms and public.citation and public.tree and (public.archives or public.steps)
+    for name, public in PUBLIC_DATA.items():
+        assert public.terms and (public.citation or name == "glyphs")
+        if name in BENCHMARKS:
+            assert public.tree and (public.archives or public.steps)
         for archive in public.archives:
             assert all(url.startswith("http") and url.endswith(archive.name) for url in archive.urls)
             assert "expected" in file_fault(tmp_path / "a", None, archive.checksum)

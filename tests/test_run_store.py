@@ -168,3 +168,32 @@ def test_two_folders_with_one_name_have_different_untrained_features():
 def test_a_seed_from_which_nothing_can_start_is_refused_before_the_data_are_read(seed, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         batch.plan_jobs([row_of("own/circle")], [0, seed], dataset="/no/such/data")
+
+
+def test_a_result_with_the_checksum_of_an_earlier_version_still_counts(stored, tmp_path):
+    old, now, other = "57271cd917889410", "a" * 32, "b" * 32
+    row, settings = row_of(stored["row"]), stored["settings"]
+    folder = run_store.run_folder(tmp_path, row, settings, 0)
+    asked = dict(dataset="cub", backbone=settings["backbone"], regime=settings["regime"])
+    for written, kept in [(old, True), (now, True), (other, False)]:
+        run_store.prepare_folder(folder, row, settings, 0, asked, written)
+        (folder / "checkpoint.pt").touch()
+        run_store.prepare_folder(folder, row, settings, 0, asked, now)
+        assert (folder / "checkpoint.pt").exists() is kept
+        result = stored | dict(data_checksum=written, environment=dict(dml_nb=run_store.version("dml_nb")))
+        assert (run_store.why_stale(result, now) or "kept").startswith("kept" if kept else "the data changed") is True
+        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        lines = pd.DataFrame({"epoch": range(settings["epochs"])})
+        lines.to_csv(folder / "history.csv", index=False)
+        assert bool(run_store.find_finished(tmp_path, settings, 0, now)) is kept
+
+
+def test_only_checksums_that_can_be_compared_separate_runs(stored):
+    old, now, other = "57271cd917889410", "a" * 32, "b" * 32
+
+    def variants(*checksums):
+        runs = [stored | dict(seed=seed, data_checksum=c, folder="") for seed, c in enumerate(checksums)]
+        return set(runs_frame(runs).variant)
+
+    assert len(variants(old, now)) == 1 and variants(old, now) == variants(now)
+    assert len(variants(old, now, other)) == 3

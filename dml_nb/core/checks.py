@@ -40,7 +40,7 @@ def check_dense(
             raise ValueError(f"{name} must be a dense tensor, got the layout {x.layout}: call .to_dense() on them.")
         if x.device.type == "meta":
             raise ValueError(
-                f"{name} are on the device 'meta', which stores no numbers: compute them on another device."
+                f"{name} must not be on the device 'meta', which stores no numbers: compute on another device."
             )
 
 # %% ../../nbs/10_core/01_checks.ipynb #c4ec0001

@@ -127,5 +127,10 @@ def unpack(
             raise ValueError(
                 f"{archive} was not unpacked: {e}. Delete it and download it again, or get it elsewhere."
             ) from e
+        except OSError as e:
+            raise OSError(
+                f"{archive} cannot be unpacked into {target.parent} ({e.strerror}): it needs a folder with enough space "
+                "that you can write."
+            ) from e
         folder.rename(target)
     return target

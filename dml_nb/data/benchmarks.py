@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'load_cub', 'load_cars', 'load_sop', 'load_inshop', 'ImageList', 'read_table', 'Benchmark',
-           'find_benchmark', 'check_images', 'mark_queries', 'load_benchmark', 'read_cub', 'read_cars', 'read_sop',
-           'read_inshop']
+           'find_benchmark', 'check_images', 'load_benchmark', 'read_cub', 'read_cars', 'read_sop', 'read_inshop']
 
 # %% ../../nbs/20_data/05_benchmarks.ipynb #d1000005
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..core.files import data_root
-from .folders import first_few, load_files
+from .folders import first_few, load_files, mark_queries
 from .image_sets import RetrievalData
 
 # %% ../../nbs/20_data/05_benchmarks.ipynb #3626879e
@@ -48,34 +48,40 @@ def read_table(
     file: Path,  # a text file with columns that are separated by spaces
     columns: str,  # names of the columns, such as "image_id path"
     header: int = 0,  # lines before the first row; the last of them holds the names of the columns
-) -> list[tuple[int, list[str]]]:  # number of the line from 1, and its words
-    "The rows of a list, with their line numbers."
+) -> list[list]:  # the number of each row's line from 1, then the columns
+    "The columns of a list, with the line numbers of their rows."
     try:
         lines = file.read_text(encoding="utf-8-sig").replace("\\", "/").split("\n")  # Windows paths
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not text in UTF-8 ({e.reason} at byte {e.start:,}): unpack it again.") from None
     if header and lines[header - 1 : header] and lines[header - 1].split() != columns.split():
         raise ValueError(f"{file}, line {header}: expected {columns!r}, got {lines[header - 1]!r}: unpack it again.")
-    rows = [(n, words) for n, line in enumerate(lines, 1) if n > header and (words := line.split())]
-    width = len(columns.split())
-    for n, words in rows:
-        if len(words) != width:
+    numbers, *table = [[] for _ in ("line", *columns.split())]
+    for n, line in enumerate(lines[header:], header + 1):
+        words = line.split()
+        if words and len(words) != len(table):
             raise ValueError(f"{file}, line {n}: expected {columns!r}, got {' '.join(words)!r}: unpack it again.")
-    if not rows:
+        if words:
+            numbers.append(n)
+        for column, word in zip(table, words):
+            column.append(word)
+    if not numbers:
         raise ValueError(f"{file} names no image: unpack it again.")
-    return rows
+    return [numbers, *table]
 
 
-def _in_line(found: Iterable[tuple[int, str]], file: Path, what: str) -> dict[str, int]:
+def _check_unique(numbers: Iterable[int], values: list[str], file: Path, what: str) -> dict[str, int]:
     "Value -> its line, or `ValueError` if a value stands in two lines."
+    lines = dict(zip(values, numbers))
+    if len(lines) == len(values):
+        return lines
     lines = {}
-    for n, value in found:
+    for n, value in zip(numbers, values):
         if value in lines:
             raise ValueError(
                 f"{file}, line {n}: {what} {value!r} stands in line {lines[value]} too: keep one, or unpack it again."
             )
         lines[value] = n
-    return lines
 
 
 def _number(text: str, file: Path, n: int, most: int) -> int:
@@ -116,6 +122,15 @@ def find_benchmark(
     )
 
 # %% ../../nbs/20_data/05_benchmarks.ipynb #9f6ddab3
+def _missing(files: list[Path]) -> list[Path]:
+    "The files that do not exist. Each folder is listed once, which is faster than a question for each file."
+    there = set()
+    for folder in {os.path.dirname(file) for file in files}:
+        with suppress(OSError):
+            there.update(entry.path for entry in os.scandir(folder))
+    return [file for file in files if str(file) not in there and not file.is_file()]
+
+
 def check_images(
     known: Benchmark,  # what the data set must contain
     folder: Path,  # where it lies
@@ -131,30 +146,13 @@ def check_images(
     if len(set(files)) < len(files):
         twice = next(file for file, n in Counter(files).items() if n > 1)
         raise ValueError(f"two lists of {known.title} in {folder} name {twice}: unpack it again.")
-    missing = [f"{p.parent.name}/{p.name}" for p in files if not p.is_file()]
-    if missing:
+    if missing := [f"{p.parent.name}/{p.name}" for p in _missing(files)]:
         raise FileNotFoundError(
             f"{len(missing):,} of {len(files):,} {known.title} images are missing in {folder}: "
             f"{first_few(missing)}. Unpack it again."
         )
 
 # %% ../../nbs/20_data/05_benchmarks.ipynb #42d28717
-def mark_queries(
-    data: RetrievalData,  # its test split holds queries and gallery
-    queries: set[Path],  # the test images that are queries
-) -> RetrievalData:  # the same data; `data.test.is_query` is a boolean tensor (N,)
-    "Divide the test images into queries and gallery."
-    test, names = data.test, {str(path) for path in queries}
-    test.is_query = torch.tensor([str(path) in names for path in test.paths])
-    alone = sorted(set(test.labels[test.is_query].tolist()) - set(test.labels[~test.is_query].tolist()))
-    if alone:
-        raise ValueError(
-            f"{len(alone):,} classes of {data.name} have queries but no gallery image, such as "
-            f"{first_few([test.classes[c] for c in alone])}: add gallery images, or leave these queries out."
-        )
-    return data
-
-
 def load_benchmark(
     name: str,  # a name in `BENCHMARKS`
     root: str | Path | None = None,  # the folder of the data set, or the folder that holds it; None: `data_root()`
@@ -175,22 +173,22 @@ def read_cub(
 ) -> ImageList:  # classes 1-100 for training, 101-200 for the test
     "The lists of CUB-200-2011."
     images_file, labels_file = folder / "images.txt", folder / "image_class_labels.txt"
-    images, labels = read_table(images_file, "image_id path"), read_table(labels_file, "image_id class_id")
-    image_line = _in_line(((n, image) for n, (image, _) in images), images_file, "image")
-    label_line = _in_line(((n, image) for n, (image, _) in labels), labels_file, "image")
-    _in_line(((n, path) for n, (_, path) in images), images_file, "file")
+    image_lines, images, paths = read_table(images_file, "image_id path")
+    label_lines, labelled, classes = read_table(labels_file, "image_id class_id")
+    image_line = _check_unique(image_lines, images, images_file, "image")
+    label_line = _check_unique(label_lines, labelled, labels_file, "image")
+    _check_unique(image_lines, paths, images_file, "file")
     for here, there, file, other in (
         (image_line, label_line, images_file, labels_file),
         (label_line, image_line, labels_file, images_file),
     ):
         for image in here.keys() - there.keys():
             raise ValueError(f"{file}, line {here[image]}: image {image} is not in {other.name}: unpack it again.")
-    class_of = {image: _number(c, labels_file, n, 200) - 1 for n, (image, c) in labels}
-    numbers, names = [class_of[image] for _, (image, _) in images], [""] * 200
-    for label, (_, (_, path)) in zip(numbers, images):
+    class_of = {image: _number(c, labels_file, n, 200) - 1 for n, image, c in zip(label_lines, labelled, classes)}
+    labels, names, image_folder = [class_of[image] for image in images], [""] * 200, folder / "images"
+    for label, path in zip(labels, paths):
         names[label] = path.partition("/")[0]
-    image_folder = folder / "images"
-    return ImageList([image_folder / path for _, (_, path) in images], numbers, names, 100)
+    return ImageList([image_folder / path for path in paths], labels, names, 100)
 
 
 BENCHMARKS["cub"] = Benchmark(
@@ -216,7 +214,7 @@ def _read_mat(file: Path, *fields: str) -> list[list]:
     for n, c in enumerate(columns[-1], 1):
         if not (isinstance(c, int | np.integer) and 1 <= c <= 196):
             raise ValueError(f"{file}, entry {n}: expected a class from 1 to 196, got {c!r}: get it again.")
-    _in_line(enumerate(columns[0], 1), file, "file")
+    _check_unique(range(1, len(columns[0]) + 1), columns[0], file, "file")
     return columns
 
 
@@ -269,23 +267,24 @@ def read_sop(
     folder: Path,  # Stanford_Online_Products
 ) -> ImageList:  # classes of Ebay_train.txt for training, those of Ebay_test.txt for the test
     "The lists of Stanford Online Products."
-    columns, class_lines, rows = "image_id class_id super_class_id path", {}, []
+    columns, class_lines, files, labels = "image_id class_id super_class_id path", {}, [], []
     for part in ("train", "test"):
         file = folder / f"Ebay_{part}.txt"
-        table = read_table(file, columns, header=1)
-        for column, what in ((0, "image"), (3, "file")):
-            _in_line(((n, words[column]) for n, words in table), file, what)
-        for n, (_, c, _, path) in table:
+        numbers, images, classes, _, paths = read_table(file, columns, header=1)
+        _check_unique(numbers, images, file, "image")
+        _check_unique(numbers, paths, file, "file")
+        for n, c in zip(numbers, classes):
             other = class_lines.setdefault(_number(c, file, n, 22_634), (part, n))
             if other[0] != part:
                 raise ValueError(
                     f"{file}, line {n}: class {c} stands in line {other[1]} of Ebay_{other[0]}.txt too, "
                     "but no class may be in training and test: unpack it again."
                 )
-            rows.append((folder / path, int(c)))
+        files += [folder / path for path in paths]
+        labels += map(int, classes)
     label = {c: i for i, c in enumerate(class_lines)}  # in the order of the lists, training first
     train = sum(part == "train" for part, _ in class_lines.values())
-    return ImageList([file for file, _ in rows], [label[c] for _, c in rows], [str(c) for c in label], train)
+    return ImageList(files, [label[c] for c in labels], [str(c) for c in label], train)
 
 
 BENCHMARKS["sop"] = Benchmark(
@@ -309,13 +308,13 @@ def read_inshop(
         raise FileNotFoundError(
             f"In-Shop needs the folder img in {folder}; papers do not use img_highres: unpack img.zip."
         )
-    rows = read_table(file, "image_name item_id evaluation_status", header=2)
+    numbers, paths, items, statuses = read_table(file, "image_name item_id evaluation_status", header=2)
     stated = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].strip()
-    if stated != str(len(rows)):
-        raise ValueError(f"{file} states {stated!r} images in line 1 and names {len(rows):,}: unpack it again.")
-    _in_line(((n, path) for n, (path, _, _) in rows), file, "file")
+    if stated != str(len(paths)):
+        raise ValueError(f"{file} states {stated!r} images in line 1 and names {len(paths):,}: unpack it again.")
+    _check_unique(numbers, paths, file, "file")
     first = {}  # item -> whether it is for training, line
-    for n, (_, item, status) in rows:
+    for n, item, status in zip(numbers, items, statuses):
         if status not in ("train", "query", "gallery"):
             raise ValueError(f"{file}, line {n}: expected train, query or gallery, got {status!r}: unpack it again.")
         in_training, line = first.setdefault(item, (status == "train", n))
@@ -326,13 +325,9 @@ def read_inshop(
             )
     classes = sorted(first, key=lambda item: (not first[item][0], item))
     label = {item: i for i, item in enumerate(classes)}
-    return ImageList(
-        [images / path for _, (path, _, _) in rows],
-        [label[item] for _, (_, item, _) in rows],
-        classes,
-        sum(in_training for in_training, _ in first.values()),
-        [status == "query" for _, (_, _, status) in rows],
-    )
+    train = sum(in_training for in_training, _ in first.values())
+    is_query = [status == "query" for status in statuses]
+    return ImageList([images / path for path in paths], [label[item] for item in items], classes, train, is_query)
 
 
 BENCHMARKS["inshop"] = Benchmark(

@@ -12,8 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 from ..core.checks import unknown
-from .benchmarks import mark_queries
-from .folders import first_few, load_files
+from .folders import first_few, load_files, mark_queries
 from .image_sets import RetrievalData, composed
 
 # %% ../../nbs/20_data/06_csv_lists.ipynb #851eadc9

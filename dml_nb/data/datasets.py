@@ -21,6 +21,7 @@ REQUIRED_FILES = {  # name -> groups of files or folders in the data root, of wh
     "glyphs": [()],  # the package contains the data
     "groceries-mini": [()],
     "groceries": [("groceries/natural",)],
+    "groceries-iconic": [("groceries/natural", "groceries/iconic")],
     "cub": [("CUB_200_2011/images.txt", "CUB_200_2011/image_class_labels.txt")],
     "cars": [
         ("cars196/cars_annos.mat",),
@@ -40,12 +41,13 @@ def list_datasets() -> list[str]:  # names for `load_dataset`
 def _readers() -> dict:  # name -> function of root and on_corrupt
     from dml_nb.data.benchmarks import BENCHMARKS, load_benchmark
     from dml_nb.data.glyphs import load_glyphs
-    from dml_nb.data.groceries import load_groceries, load_groceries_mini
+    from dml_nb.data.groceries import load_groceries, load_groceries_iconic, load_groceries_mini
 
     return {
         "glyphs": lambda root, on_corrupt: load_glyphs(),
         "groceries-mini": lambda root, on_corrupt: load_groceries_mini(),
         "groceries": load_groceries,
+        "groceries-iconic": load_groceries_iconic,
         **{name: partial(load_benchmark, name) for name in BENCHMARKS},
     }
 

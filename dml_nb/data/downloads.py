@@ -134,6 +134,13 @@ def _fetch(url: str, file: Path, part: Path, size: int | None, timeout: float, p
                     f"or get the file elsewhere and save it as {file}.{kept}"
                 ) from error
             time.sleep(PAUSE * 2 ** (failures - 1))
+        except OSError as error:
+            if error.errno is None:  # `_check_total` has found a small disk
+                raise
+            raise OSError(
+                f"cannot write to {part.parent} ({error.strerror}): free some space, or set DML_NB_DATA to another "
+                "folder. What has arrived is kept, and the next call continues there."
+            ) from error
 
 # %% ../../nbs/20_data/11_downloads.ipynb #4e69b529
 def download(

@@ -148,25 +148,46 @@ def _read_lines(path: Path) -> dict[str, int]:
     return {key: int(label) for key, (_, _, label) in zip(keys, lines)}
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #1803a6fc
-def _class_of_labels(given, true, num_classes, from_one):
-    "The true class of each given label: the same number, or the class of most of its images; -1: none."
-    G = max(num_classes, int(given.max()) + 1) if from_one else int(given.max()) + 1
-    if from_one:
-        return torch.arange(G).where(torch.arange(G) < num_classes, -1)
+def _numbered_classes(given, true, classes):
+    "The true class of each label of a list that numbers all classes, in their own order or by name; -1: none."
+    C = len(classes)
+    beyond = torch.full((max(0, int(given.max()) + 1 - C),), -1)
+    orders = torch.arange(C), torch.tensor(sorted(range(C), key=lambda c: classes[c]))
+    found = [torch.cat([order, beyond]) for order in orders]
+    return min(found, key=lambda true_class: int((true_class[given] != true)[given >= 0].sum()))
+
+
+def _majority_classes(given, true, num_classes):
+    "The true class of each label of a list with renumbered classes: that of most of its images; -1: no image."
+    G = int(given.max()) + 1
     pair = (given * num_classes + true)[given >= 0]
     count_GC = torch.bincount(pair, minlength=G * num_classes).view(G, num_classes)
     return count_GC.argmax(1).where(count_GC.sum(1) > 0, -1)
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #5cd22588
+def _names_in_list(images: ImageSet, label_of: dict) -> list[str]:
+    "Each image as a list names it: by folder and file, or by class and file if the list has none of these folders."
+    by_folder = [composed("/".join(Path(path).parts[-2:])) for path in images.paths]
+    if not label_of.keys().isdisjoint(by_folder):
+        return by_folder
+    by_class, number = [], Counter()
+    for path, label in zip(map(Path, images.paths), images.labels.tolist()):
+        number[label, path.name] += 1
+        again = f"_{number[label, path.name]}" if number[label, path.name] > 1 else ""
+        by_class.append(composed(f"{images.classes[label]}/{path.stem}{again}{path.suffix}"))
+    return by_class
+
+
 def _check_names(name, label_of, keys, dataset, on_mismatch):
     'Raise `ValueError` if list and data set name different images, or with "skip" if they share none.'
     absent, extra = [key for key in keys if key not in label_of], sorted(set(label_of) - set(keys))
     if not absent and not extra or on_mismatch == "skip" and len(absent) < len(keys):
         return
+    older = " (the lists for Cars name the newer form, in cars_train and cars_test)" if dataset == "cars" else ""
     raise ValueError(
         f"{len(absent):,} of {len(keys):,} training images of {dataset} have no line in {name}, and {len(extra):,} "
         f"of its {len(label_of):,} lines name no such image, such as {(absent or extra)[0]!r}. Check that the list "
-        'belongs to the data set, or leave them out with on_mismatch="skip".'
+        f'belongs to the data set{older}, or leave them out with on_mismatch="skip".'
     )
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #d576f7b9
@@ -195,11 +216,15 @@ def read_noise_list(
             "use symmetric_noise or small_cluster_noise."
         )
     file = _find_list(path)
-    label_of, keys = _read_lines(file), [composed("/".join(Path(p).parts[-2:])) for p in data.train.paths]
+    label_of = _read_lines(file)
+    keys = _names_in_list(data.train, label_of)
     _check_names(file.name, label_of, keys, data.name, on_mismatch)
     first = 0 if 0 in label_of.values() else 1
     given, true = torch.tensor([label_of.get(key, first - 1) - first for key in keys]), data.train.labels
-    true_class = _class_of_labels(given, true, len(data.train.classes), from_one=first == 1)
+    if first == 1:
+        true_class = _numbered_classes(given, true, data.train.classes)
+    else:
+        true_class = _majority_classes(given, true, len(data.train.classes))
     noise = LabelNoise(file.stem, given, true, true_class, len(set(label_of) - set(keys)))
     if noise.rate > 0.9:
         raise ValueError(f"{noise}: the list numbers its classes differently from {data.name}; check that it fits.")

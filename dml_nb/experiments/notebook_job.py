@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
 
+import dml_nb
 from ..core.checks import unknown
 from ..core.files import cache_root, data_root, write_atomically
 from .run_store import prepare_folder, publish_result, run_folder
@@ -111,22 +112,34 @@ def _remove_paths(notebook: Path):
                 output.text = re.sub(r"(?:[A-Za-z]:)?[/\\][^\s:]*[/\\]([^\s/\\:]+\.py:\d+)", r"\1", output.text)
     nbformat.write(nb, notebook)
 
+# %% ../../nbs/70_experiments/06_notebook_job.ipynb #33940060
+def _warnings(notebook) -> list[str]:  # in the order of the cells
+    "The texts of this package's warnings that an executed notebook shows, each once."
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    shown = "\n".join(output.text for output in outputs if output.output_type == "stream")
+    first, package = {}, Path(dml_nb.__file__).parent
+    for file, text in re.findall(r"^(.+):\d+: UserWarning: (.+)$", shown, re.M):
+        if Path(file).is_relative_to(package):
+            first.setdefault(re.sub(r"[\d.]+", "", text), text)
+    return list(first.values())
+
 # %% ../../nbs/70_experiments/06_notebook_job.ipynb #08b9f59b
 def run_notebook(
     job: Job,  # what to compute
     row: Row,  # which of its rows
     folder: Path,  # of the run
-):
+) -> list[str]:  # warnings that the notebook shows
     "Execute the row notebook; if it succeeds, and only then, `result.json` appears."
     parameters = dict(row=row.id, settings=job.settings, seed=job.seed, folder=".")
     os.environ |= dict(DML_NB_DATA=str(data_root().resolve()), DML_NB_CACHE=str(cache_root().resolve()))
     unfinished = folder / "run.tmp.ipynb"
-    execute(template_path(), unfinished, parameters, folder)
+    executed = execute(template_path(), unfinished, parameters, folder)
     _remove_paths(unfinished)
     os.replace(unfinished, folder / "run.ipynb")
     publish_result(folder)
-    for name in ("checkpoint.pt", ".lock"):
-        (folder / name).unlink(missing_ok=True)
+    for file in (*folder.glob("checkpoint*.pt"), folder / ".lock"):
+        file.unlink(missing_ok=True)
+    return _warnings(executed)
 
 # %% ../../nbs/70_experiments/06_notebook_job.ipynb #327222df
 MIN_FREE_BYTES = 2**23  # a disk with less free space counts as full
@@ -167,13 +180,14 @@ def record_failure(
 def _say_where_it_resumes(job: Job, checkpoint: Path, say: Callable[[str], object]):
     if not checkpoint.exists():
         return
-    from dml_nb.training.checkpoint import read_checkpoint  # imports fastai
+    from dml_nb.training.checkpoint import describe_position, read_checkpoint  # imports fastai
 
     try:
-        epoch = read_checkpoint(checkpoint)["epoch"]
-    except (OSError, ValueError, KeyError):  # damaged, which the notebook reports
+        state = read_checkpoint(checkpoint)
+    except (OSError, ValueError):  # damaged, which the notebook reports
         return
-    say(f"resumes after epoch {epoch}: {epoch + 1} of {job.settings['epochs']} epochs were finished before ...")
+    finished = f"{state['epoch'] + 1} of {job.settings['epochs']} epochs were finished before"
+    say(f"resumes {describe_position(state)}: {finished} ...")
 
 
 def run_job(
@@ -192,7 +206,8 @@ def run_job(
         try:
             prepare_folder(folder, row, job.settings, job.seed, job.asked, job.checksum)
             _say_where_it_resumes(job, folder / "checkpoint.pt", say)
-            run_notebook(job, row, folder)
+            for text in run_notebook(job, row, folder):
+                say(f"warning: {text}")
             return folder
         except DeadKernelError as e:
             if not left:

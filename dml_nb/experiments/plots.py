@@ -76,7 +76,7 @@ def plot_results(
     frame = frame.assign(label=frame.label.map(plain_text))
     order = list(frame.groupby("label").value.mean().sort_values(ascending=False).index)
     panels = _bar_panels(frame)
-    size = (2.5 + 2.7 * len(panels), 1.2 + 0.3 * len(order))
+    size = (max(2.5, 0.08 * max(map(len, order))) + 2.7 * len(panels), 1.9 + 0.3 * len(order))
     fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for ax, (title, part) in zip(axes[0], panels):
         _draw_bars(ax, title, part, order, metric)
@@ -223,7 +223,7 @@ def plot_ranks(
             "run the rows of a table, as in `dml_nb run II`."
         )
     panels = [part for _, part in table.groupby("panel", sort=False)]
-    fig, axes = _panel_grid([0.6 + 0.19 * len(part) for part in panels])
+    fig, axes = _panel_grid([0.9 + 0.19 * len(part) for part in panels])
     for ax, part in zip(axes, panels):
         _draw_ranks(ax, part)
     title = f"Claimed order (left) and our order (right): {epoch} epoch, percent, 95 % interval over seeds"

@@ -34,7 +34,8 @@ def _common_source(row: Row, dataset: str, layer: str, key: str) -> str:
         layer = f"{layer}/{dataset}"
     sources = known["sources"].get(layer, known["sources"]["search"])
     text = sources.get(key, sources["*"])
-    if not layer.startswith("finetune") or key in ("recall_at", "holdout") or dataset in known["alike"]:
+    of_loss = layer.endswith(f"/{row.recipe['loss']}")
+    if of_loss or not layer.startswith("finetune") or key in ("recall_at", "holdout") or dataset in known["alike"]:
         return text
     if key in account and layer == "finetune":
         return _guess_elsewhere(row, dataset, account[key])

@@ -52,13 +52,13 @@ def check_address(
     "Raise `ValueError` unless something answers at this address."
     if address == "auto":
         return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
         example = "for example --cluster 10.0.0.1:6379."
         raise ValueError(f"--cluster expects local, auto or host:port, got {address!r}: {example}")
     try:
         socket.create_connection((host, int(port)), patience).close()
-    except OSError as e:
+    except (OSError, UnicodeError) as e:  # the name of the host cannot be encoded
         remedy = "start Ray there with `ray start --head`, or correct the port."
         raise ValueError(f"the cluster at {address} does not answer ({e}): {remedy}") from None
 
@@ -173,6 +173,11 @@ class Cluster:
     num_gpus: float | None = None  # per job; None: one if the cluster has GPUs
     memory: float | None = None  # GiB per job; None: not limited
 
+    def check(self):
+        "Raise `ValueError` unless something answers at the address, before anything is planned."
+        if self.address != "local":
+            check_address(self.address)
+
     def _resources(self, ray) -> dict:  # options of a Ray task
         gpus = (1 if ray.cluster_resources().get("GPU") else 0) if self.num_gpus is None else self.num_gpus
         needs = dict(CPU=self.num_cpus, GPU=gpus, memory=(self.memory or 0) * 2**30)
@@ -209,7 +214,8 @@ def run(
     with connect_to_ray(self.address) as ray, NamedTemporaryFile(dir=out / ".locks", prefix="batch-") as token:
         messages = ray.remote(_Messages).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
         task = ray.remote(_run_task).options(max_retries=retries, **self._resources(ray))
-        common = str(out), Path(token.name).name, retries, _passed_on(), messages
+        environment = _passed_on() | {"LOKY_MAX_CPU_COUNT": str(max(1, int(self.num_cpus)))}  # for `usable_cpus`
+        common = str(out), Path(token.name).name, retries, environment, messages
         todo = [(number, job) for number, job in enumerate(jobs) if number not in before]
         pending = {task.remote(number, job, *common): number for number, job in todo}
         try:

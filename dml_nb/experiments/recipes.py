@@ -31,7 +31,15 @@ from ..models import list_backbones
 from ..models.embedder import POOLS
 
 # %% ../../nbs/70_experiments/01_recipes.ipynb #ec0fe65a
-OPTIONAL = ("on_corrupt", "per_class", "noise", "image_size")  # settings that are left out when nothing sets them
+OPTIONAL = (  # settings that are left out when nothing sets them
+    "on_corrupt",
+    "per_class",
+    "noise",
+    "image_size",
+    "fold",
+    "shots",
+    "split_seed",
+)
 
 
 def source_training(
@@ -107,10 +115,29 @@ def check_setting_names(
 
 # %% ../../nbs/70_experiments/01_recipes.ipynb #23e3bf8c
 WHOLE_NUMBERS = dict(  # setting -> smallest value
-    epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, holdout=0, image_size=32
+    epochs=1,
+    batch_size=1,
+    embedding_size=1,
+    warm_epochs=0,
+    per_class=2,
+    holdout=0,
+    image_size=32,
+    fold=0,
+    shots=2,
+    split_seed=0,
 )
 NUMBERS = dict(lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0)  # setting -> smallest value
-MAY_BE_NONE = ("per_class", "holdout", "head_lr", "clip_value", "noise", "image_size")
+MAY_BE_NONE = (
+    "per_class",
+    "holdout",
+    "head_lr",
+    "clip_value",
+    "noise",
+    "image_size",
+    "fold",
+    "shots",
+    "split_seed",
+)
 CHOICES = dict(
     regime=REGIMES,
     schedule=("step", "cosine", "constant"),
@@ -174,8 +201,11 @@ def check_settings(
     from dml_nb.training.callbacks import check_starts  # imports fastai, which takes a second
 
     check_setting_types(settings)
-    if settings.get("noise") and settings["holdout"] is not None:
-        raise ValueError("label noise and held-out classes cannot be combined: leave out holdout or noise.")
+    splits = [name for name in ("holdout", "fold", "shots") if settings.get(name) is not None]
+    if settings.get("noise") and splits:
+        raise ValueError(f"label noise and the split {splits[0]} cannot be combined: leave out one of them.")
+    if {"holdout", "fold"} <= {*splits}:
+        raise ValueError("holdout and fold both divide the training classes: leave out one of them.")
     if settings.get("image_size") and settings["regime"] == "frozen":
         raise ValueError("image_size needs the regime finetune: features are stored for the size of the backbone.")
     batch, per_class = settings["batch_size"], settings.get("per_class")
@@ -209,11 +239,14 @@ def _where_to_run(row: Row, dataset: str | None, backbone: str | None, regime: s
     if why := why_not_runnable(row, dataset, backbone):
         raise ValueError(f"the row {row.id} cannot run here: {why}. `dml_nb rows` lists the rows that can.")
     dataset = dataset or row.dataset
+    backbone = backbone or row.backbone or "bn_inception"
+    if regime == "frozen" and backbone == "small_cnn":
+        raise ValueError("small_cnn has no pretrained weights: use --regime finetune, or another --backbone.")
     if is_own_data(dataset):
         dataset = str(Path(dataset).expanduser().resolve())  # notebooks are executed in another working folder
         if any("\ud800" <= character <= "\udfff" for character in dataset):  # as "ä" where the locale is ASCII
             raise ValueError(f"the path {dataset!a} is no text in this locale: set PYTHONUTF8=1, or rename the folder.")
-    return dataset, backbone or row.backbone or "bn_inception"
+    return dataset, backbone
 
 # %% ../../nbs/70_experiments/01_recipes.ipynb #9657a670
 def settings_for(

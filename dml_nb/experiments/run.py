@@ -42,6 +42,7 @@ from ..models.features import cached_features, embed
 from ..retrieval.metrics import evaluate
 from ..retrieval.view import plot_retrieval
 from ..training.checkpoint import Checkpoint, resume
+from ..training.evaluation import split_by_role
 from ..training.joint_learner import NetworkAndLoss
 from ..training.learner import DMLLearner, dml_learner, feature_dls, image_dls
 
@@ -139,8 +140,8 @@ def _frozen(self: Run) -> tuple[nn.Module, object]:  # model, loaders
     "An embedding layer on cached features."
     s, data, (train, test) = self.settings, self.data, self._features()
     model = EmbeddingHead(train.shape[1], s["embedding_size"], layer_norm=s["layer_norm"])
-    labels = data.train.labels, data.test.labels
-    return model, feature_dls(train, labels[0], test, labels[1], s["batch_size"], self.seed, s.get("per_class"))
+    sizes = s["batch_size"], self.seed, s.get("per_class")
+    return model, feature_dls(train, data.train.labels, test, data.test.labels, *sizes, data.test.is_query)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #9a45a3da
 @patch
@@ -268,6 +269,7 @@ def result(
         own_data=Path(self.settings["dataset"]).name if is_own_data(self.settings["dataset"]) else None,
         train_images=len(self.data.train),
         test_images=len(self.data.test),
+        test_queries=None if self.data.test.is_query is None else int(self.data.test.is_query.sum()),
         seconds={phase: round(time, 2) for phase, time in seconds.items()},
         images_per_second=round(len(self.data.train) * len(history) / max(train, 1e-9), 1),
         peak_memory_mb=peak_memory_mb(),
@@ -320,8 +322,7 @@ def measure_untrained(
         pass  # absent or damaged
     features = cached_features(settings["backbone"], data.test, pool=settings["pool"])
     metrics = evaluate(
-        features,
-        data.test.labels,
+        *split_by_role(features, data.test.labels, data.test.is_query),
         recall_at=tuple(settings["recall_at"]),
         with_nmi=False,
         extra=("between-class cosine", "spectrum"),

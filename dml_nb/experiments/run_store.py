@@ -17,6 +17,7 @@ from pathlib import Path
 from shutil import copyfile
 
 from ..core.files import write_atomically
+from ..data.image_sets import same_checksum
 from .recipes import computed_settings, flat_settings, is_table_setting, settings_for
 from dml_nb.experiments.record import (  # noqa: F401, other notebooks import them from here
     ANY,
@@ -135,8 +136,8 @@ def prepare_folder(
     "Make a folder ready for a run: delete leftovers, keep a checkpoint of the same data, write `params.json`."
     leftovers = [*folder.glob("*.tmp"), *folder.glob("*.tmp.ipynb")]
     leftovers += [folder / name for name in (PENDING, "failed.ipynb", "failed.json")]
-    if read_params(folder).get("data_checksum", checksum) != checksum:
-        leftovers.append(folder / "checkpoint.pt")
+    if not same_checksum(read_params(folder).get("data_checksum", checksum), checksum):
+        leftovers += folder.glob("checkpoint*.pt")  # also the previous one
     for file in leftovers:
         file.unlink(missing_ok=True)
     params = dict(row=row.id, seed=seed, version=version("dml_nb"), settings=settings, asked=asked)
@@ -161,7 +162,7 @@ def why_stale(
     theirs = record.get("version") or record["environment"]["dml_nb"]
     if theirs != version("dml_nb"):
         return f"dml_nb was {theirs}, now {version('dml_nb')}"
-    if checksum and record.get("data_checksum") not in (None, checksum):
+    if checksum and not same_checksum(record.get("data_checksum", checksum), checksum):
         return f"the data changed: checksum {record['data_checksum']}, now {checksum}"
     if "asked" not in record:
         return None
@@ -222,7 +223,7 @@ def find_finished(
         result = read_result(folder / RESULT)
         if result.get("shared_with") or computed_settings(result["settings"]) != settings:
             continue
-        if checksum is None or result["data_checksum"] == checksum:
+        if checksum is None or same_checksum(result["data_checksum"], checksum):
             return folder
 
 # %% ../../nbs/70_experiments/04_run_store.ipynb #0b897bd4

@@ -188,15 +188,19 @@ def row_of(
     "The row with this id."
     known = all_rows() | loss_rows()
     if id not in known:
-        from dml_nb.core.checks import unknown  # imports torch
-
-        raise unknown("row", id, _nearest(id, known))
+        raise _unknown("row", id, known)
     return known[id]
 
 
-def _nearest(what: str, names: Iterable[str]) -> list[str]:
-    "The six most similar names, because an error message should not list hundreds."
-    return get_close_matches(what, sorted(names), n=6, cutoff=0)
+def _unknown(kind: str, name: str, names: Iterable[str]) -> ValueError:
+    "The error for an unknown name, with the most similar ones, because there are hundreds."
+    lower = {known.lower(): known for known in sorted(names)}
+    near = get_close_matches(name.strip().lower(), lower, n=6, cutoff=0.4)
+    if not near:
+        return ValueError(f"there is no {kind} {name!r}: `dml_nb rows` lists the rows, `dml_nb rows own` the losses.")
+    from dml_nb.core.checks import unknown  # imports torch
+
+    return unknown(kind, name, [lower[known] for known in near])
 
 # %% ../../nbs/70_experiments/00_tables.ipynb #c5a434de
 def is_own_data(
@@ -296,13 +300,11 @@ def _row_of_method(what: str, dataset: str | None) -> Row | None:
 
 # %% ../../nbs/70_experiments/00_tables.ipynb #8b9ab390
 def _unknown_row(what: str) -> ValueError:
-    from dml_nb.core.checks import unknown  # imports torch
-
     if why := load_recipes()["terms"].get(what):
         return ValueError(f"{what!r} cannot be trained alone, because {why}: add it to another loss with create_loss.")
     rows = all_rows() | loss_rows()
     names = {*rows} | {name for row in rows.values() for name in (row.table, row.method)}
-    return unknown("table, row or method", what, _nearest(what, names))
+    return _unknown("table, row or method", what, names)
 
 # %% ../../nbs/70_experiments/00_tables.ipynb #64e7b6c1
 def find_rows(

@@ -18,6 +18,8 @@ import pandas as pd
 from ..core.checks import unknown
 from ..core.files import write_atomically
 from ..data import load_dataset
+from ..data.image_sets import same_checksum
+from .batch import check_batches
 from .recipes import check_setting_names, settings_for
 from .run import Run
 from .tables import Row, is_own_data, load_recipes, slug, why_not_runnable
@@ -33,6 +35,7 @@ def run_trial(
     for fold in folds:
         with TemporaryDirectory() as folder:
             run = Run(row.id, settings_for(row, holdout=fold, **settings), 0, folder)
+            check_batches(run.settings, run.data.train.labels)  # before minutes are spent on features
             learn = run.learner()
             learn.retrieval_metrics.every = run.settings["epochs"]  # evaluate only after the last epoch
             with learn.no_bar(), learn.no_logging():
@@ -56,8 +59,9 @@ def stored_trial(
     name, path = json.dumps([row.id, folds, common | setting], sort_keys=True), Path(path)
     as_text = dict(dtype=str, keep_default_na=False, encoding="utf-8")  # so that old lines are written back unchanged
     lines = pd.read_csv(path, **as_text).to_dict("records") if path.exists() else []
-    images = ("", checksum or "")  # a line without a checksum counts
-    found = [line for line in lines if line["trial"] == name and line.get("data_checksum", "") in images]
+    now = checksum or ""
+    same = [line for line in lines if line["trial"] == name]
+    found = [line for line in same if same_checksum(line.get("data_checksum") or now, now)]  # none stored counts
     started, how = perf_counter(), "finished before"
     if not found:
         of_images = {} if checksum is None else dict(data_checksum=checksum)
@@ -164,7 +168,7 @@ def plan_search(
     lr = (known.get(regime, {}) | known.get(f"{regime}/{dataset}", {})).get("lr", rule["lr"][0])
     rule["lr"] = [lr, *(value for value in rule["lr"] if value != lr)]
     for name in common:
-        if name in ("holdout", "noise") or name in rule or name.removeprefix("loss.") in rule:
+        if name in ("holdout", "fold", "shots", "noise") or name in rule or name.removeprefix("loss.") in rule:
             raise ValueError(f"the search itself sets {name}: leave out --set {name}.")
     common = dict(embedding_size=512) | common | ({} if row.noise == "none" else dict(noise=None))
     settings = settings_for(row, dataset, backbone, regime, holdout=0, **common)

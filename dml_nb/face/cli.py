@@ -52,7 +52,7 @@ def fail(
     error: Exception,  # raised by the library
 ):
     "Print an error as one line, with the remedy of the command line, and exit with status 1."
-    text = str(error).replace('on_corrupt="skip"', "--skip-corrupt")
+    text = str(error).replace('on_corrupt="skip"', "--skip-corrupt").replace("leave out root", "leave out --root")
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}. Check the path and its permissions."
     typer.secho(f"dml_nb: {text}", fg="red", err=True)
@@ -118,42 +118,6 @@ def parse_seeds(
         raise ValueError(f"--seeds expects whole numbers separated by commas, got {text!r}: for example --seeds 0,1,2.")
     return list(map(int, seeds))
 
-# %% ../../nbs/80_face/01_cli.ipynb #9a1f093d
-def _format_row(row) -> str:
-    "Two lines: the claimed values of a row, and whether it can run."
-    from dml_nb.experiments.tables import why_not_runnable
-
-    claimed = "  ".join(f"{metric} {value}" for metric, value in row.claimed.items())
-    why_not = why_not_runnable(row)
-    status = f"cannot run: {why_not}" if why_not else f"can run: {row.recipe['loss']} {row.recipe['params']}"
-    return f"{row.id:44} {row.method:28} {row.backbone or 'not stated':13} {claimed}".rstrip() + f"\n{'':44} {status}"
-
-
-def _format_counts(rows: list) -> str:
-    "Number of rows in the sources and of those that can run here."
-    from dml_nb.experiments.tables import count_printed_rows, why_not_runnable
-
-    if not any(row.claimed for row in rows):
-        return f"{len(rows)} losses, each trained alone on {rows[0].dataset}: no source claims a value."
-    printed, on_all, on_some = count_printed_rows(rows)
-    can_run = sum(why_not_runnable(row) is None for row in rows)
-    return (
-        f"{printed} rows in the sources, {sum(len(row.claimed) for row in rows)} values: {on_all} rows can run here, "
-        f"{on_some} on some of their data sets, {printed - on_all - on_some} cannot. "
-        f"By data set and noise: {len(rows)} rows, {can_run} can run here. "
-        "Claimed values are the papers', in percent."
-    )
-
-
-def _missing_data(rows: list) -> list[str]:
-    "A sentence for each data set that could be used but is not on this machine."
-    from dml_nb.data.datasets import is_here
-    from dml_nb.experiments.tables import why_not_runnable
-
-    names = dict.fromkeys(row.dataset for row in rows if why_not_runnable(row) is None)
-    absent = [name for name in names if not is_here(name)]
-    return [f"{name} is not on this machine: `dml_nb data {name}` tells how to get it." for name in absent]
-
 # %% ../../nbs/80_face/01_cli.ipynb #f89a01dd
 @app.command(epilog="Example: dml_nb rows II; everything about one row: dml_nb rows 002-II/cub-cp-pa-k-3")
 @errors_as_lines()
@@ -167,6 +131,7 @@ def rows(
 ):
     "List rows of the papers' tables with claimed values and whether they can run here, or explain one row."
     from dml_nb.experiments.tables import all_rows, find_rows, find_table
+    from dml_nb.face.row_list import row_lines, summary_of_rows
 
     chosen = list(all_rows().values()) if what is None else find_rows(what)
     if what is not None and find_table(what) is None:
@@ -174,8 +139,8 @@ def rows(
 
         return typer.echo(describe(chosen[0]))
     for row in chosen:
-        typer.echo(_format_row(row))
-    typer.echo(" ".join([_format_counts(chosen), *_missing_data(chosen)]))
+        typer.echo(row_lines(row))
+    typer.echo(summary_of_rows(chosen))
 
 # %% ../../nbs/80_face/01_cli.ipynb #5e0d46de
 def _create_cluster(address: str | None, **options):
@@ -271,19 +236,54 @@ def report(
         typer.echo(f"written: {path}")
 
 # %% ../../nbs/80_face/01_cli.ipynb #0b02069d
-@app.command(epilog="Example: dml_nb data cub")
+@app.command(
+    epilog="Example: dml_nb data cub; a copy in place: dml_nb data cub --root CUB_200_2011; dml_nb data cub --show"
+)
 @errors_as_lines()
 def data(
     name: Annotated[
         str, typer.Argument(help="Name of a data set, or path of a folder of class folders or of a CSV file.")
     ],
+    root: Annotated[
+        Path | None, _folder_option("An existing copy of the named data set. Default: the data root.")
+    ] = None,
     skip_corrupt: SkipCorrupt = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Write a page with images, class sizes and wrong labels.")
+    ] = False,
+    noise: Annotated[str | None, typer.Option(help="Share of wrong training labels on the page, such as 20%.")] = None,
+    out: Annotated[Path, _folder_option("Folder that receives the page.")] = Path("runs"),
 ):
-    "Check a data set: number of classes and images, unreadable files, checksum."
-    from dml_nb.data import load_dataset
+    "Download a data set if needed, verify it, and print counts, hashes, terms of use and citation."
+    from dml_nb.data.preparation import manifest_text, prepare
 
-    loaded = load_dataset(name, on_corrupt="skip" if skip_corrupt else "stop")
-    typer.echo(f"{loaded}\n  checksum {loaded.checksum}")
+    if noise is not None and not show:
+        raise ValueError("--noise needs --show: it adds wrong labels to the page only.")
+    rate, on_corrupt = noise and _percentage(noise), "skip" if skip_corrupt else "stop"
+    typer.echo(manifest_text(prepare(name, root, on_corrupt)))
+    if show:
+        typer.echo(f"{'page':15} {_data_page(name, root, on_corrupt, rate, out)}")
+
+
+def _percentage(text: str) -> float:
+    from dml_nb.experiments.recipes import noise_rate
+
+    try:
+        return noise_rate(text)
+    except ValueError:
+        raise ValueError(f"--noise expects a percentage, got {text!r}: for example --noise 20%.") from None
+
+
+def _data_page(name: str, root: Path | None, on_corrupt: str, rate: float | None, out: Path) -> Path:
+    "Write the page of a data set."
+    from dml_nb.data import load_dataset
+    from dml_nb.data.show_data import write_data_page
+    from dml_nb.experiments.run import add_label_noise
+    from dml_nb.experiments.tables import slug
+
+    data = load_dataset(name, root, on_corrupt)
+    noise = add_label_noise(data, name, rate).train.noise if rate else None
+    return write_data_page(data, out / f"data-{slug(data.name) or 'own'}.html", noise)
 
 # %% ../../nbs/80_face/01_cli.ipynb #005f1852
 @app.command(epilog="Example: dml_nb tune MS --dataset cub --backbone efficientnet_lite0 --regime frozen")

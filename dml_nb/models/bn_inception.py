@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.hub import download_url_to_file
 
 from .input_spec import CAFFE
-from .weights import BN_INCEPTION_URL, weights_folder
+from .weights import BN_INCEPTION_URL, weights_error, weights_folder
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #acce556f
 class Block(NamedTuple):
@@ -134,17 +134,14 @@ BN_INCEPTION_SHA256 = "52deb473314542a5c2f87e9e6f26f4ca42fe863d15f986414dbae8c2d
 
 
 def _check_hash(file: Path, sha256: str):
-    "Raise `RuntimeError` if a file has another hash."
+    "Raise `ValueError` if a file has another hash."
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != sha256:
-        raise RuntimeError(
-            f"{file} is damaged or not the right file: its SHA-256 is {found}, expected {sha256}; "
-            "delete it and try again."
-        )
+        raise ValueError(f"{file} is damaged or not the right file: its SHA-256 is {found}, expected {sha256}")
 
 # %% ../../nbs/30_models/02_bn_inception.ipynb #f7ee5d59
-def _fit(state: dict, url: str) -> dict:
-    "Adapt the checkpoint to the network; raise `RuntimeError` if names or shapes differ."
+def _fit(state: dict) -> dict:
+    "Adapt the checkpoint to the network; raise `ValueError` if names or shapes differ."
     state = {
         k: v[0] if v.ndim == 2 and len(v) == 1 else v for k, v in state.items() if not k.startswith("last_linear.")
     }
@@ -156,9 +153,9 @@ def _fit(state: dict, url: str) -> dict:
         if not k.endswith("num_batches_tracked") and (k not in shapes or k not in state or state[k].shape != shapes[k])
     )
     if wrong:
-        raise RuntimeError(
-            f"{url} does not hold BN-Inception: {len(wrong)} keys are missing, unknown or of another shape, "
-            f"first {wrong[0]!r}; use the file {Path(BN_INCEPTION_URL).name}."
+        raise ValueError(
+            f"it does not hold BN-Inception: {len(wrong)} keys are missing, unknown or of another shape, "
+            f"first {wrong[0]!r}"
         )
     return state
 
@@ -170,24 +167,12 @@ def bn_inception_weights(
 ) -> dict:  # state dict of `BNInception`
     "The public ImageNet weights, downloaded at the first call."
     file = Path(cache or weights_folder("bn_inception")) / url.rsplit("/", 1)[-1]
-    if file.exists():
-        _check_hash(file, sha256)
-    else:
-        _download(url, file, sha256)
-    return _fit(torch.load(file, map_location="cpu", weights_only=True), url)
-
-# %% ../../nbs/30_models/02_bn_inception.ipynb #6fc5c22e
-def _download(url: str, file: Path, sha256: str):
-    "Download a file; it appears under its name only if its hash is right."
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        download_url_to_file(url, str(file), hash_prefix=sha256)
-    except OSError as e:
-        raise RuntimeError(
-            f"cannot download {url} ({e}): download it elsewhere and put it into {file.parent}, "
-            "or use pretrained=False."
-        ) from e
-    except RuntimeError as e:
-        raise RuntimeError(
-            f"the download of {url} is damaged ({e}): try again, or put an intact copy into {file.parent}."
-        ) from e
+        if file.exists():
+            _check_hash(file, sha256)
+        else:  # the file appears under its name only if its hash is right
+            file.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(url, str(file), hash_prefix=sha256)
+        return _fit(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as e:  # torch raises errors of many types for a file that it cannot read
+        raise weights_error(url, file.parent, e) from e

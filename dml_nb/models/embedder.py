@@ -18,7 +18,7 @@ from ..core.similarity import unit
 from .bn_inception import BNInception
 from .efficientnet_lite import EfficientNetLite0
 from .input_spec import IMAGENET, SYMMETRIC, InputSpec
-from .weights import TORCHVISION_WEIGHTS
+from .weights import TORCHVISION_WEIGHTS, weights_error, weights_folder
 
 # %% ../../nbs/30_models/04_embedder.ipynb #43b9d185
 class Trunk(nn.Sequential):
@@ -44,21 +44,18 @@ def _torchvision(name: str, pretrained: bool) -> Trunk:
         options, spec = {}, IMAGENET
     trunk = Trunk(get_model(name, weights=None, **options), spec)
     if pretrained:
-        keys, state = trunk.state_dict().keys(), _torchvision_weights(name)
-        trunk.load_state_dict({k: v for k, v in state.items() if k in keys})
+        _load_torchvision_weights(trunk, name)
     return trunk
 
 # %% ../../nbs/30_models/04_embedder.ipynb #ecbca20d
-def _torchvision_weights(name: str) -> dict:
-    "The ImageNet weights of a torchvision classifier."
-    weights = get_model_weights(name).IMAGENET1K_V1
+def _load_torchvision_weights(trunk: Trunk, name: str):
+    "Load the ImageNet weights of a torchvision classifier."
+    weights, keys = get_model_weights(name).IMAGENET1K_V1, trunk.state_dict().keys()
     try:
-        return weights.get_state_dict(progress=True, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as e:
-        raise RuntimeError(
-            f"cannot get the weights of {name} ({e}): use pretrained=False, or download {weights.url} elsewhere "
-            f"and put it into {torch.hub.get_dir()}/checkpoints (TORCH_HOME changes the folder)."
-        ) from e
+        state = weights.get_state_dict(progress=True, map_location="cpu", check_hash=True, weights_only=True)
+        trunk.load_state_dict({k: v for k, v in state.items() if k in keys})
+    except Exception as e:  # torch raises errors of many types for a file that it cannot read
+        raise weights_error(weights.url, weights_folder(name), e) from e
 
 # %% ../../nbs/30_models/04_embedder.ipynb #fd8b0fd7
 GREY32 = InputSpec(mean=(0.5,), std=(0.5,), resize=32, crop=32, channels=1)
@@ -72,7 +69,8 @@ class SmallCNN(nn.Sequential):
     def __init__(self, pretrained: bool = False):
         if pretrained:
             raise ValueError(
-                "small_cnn has no pretrained weights: use pretrained=False, or allow_random=True in cached_features."
+                "small_cnn has no pretrained weights: train it from the start, with the regime finetune or "
+                "pretrained=False; cached_features takes allow_random=True."
             )
         layers = [(1, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2)]  # input channels, output channels, stride
         super().__init__(

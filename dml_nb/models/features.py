@@ -8,7 +8,6 @@ __all__ = ['CPU_PART', 'DTYPES', 'embed', 'weights_hash', 'images_hash', 'featur
 # %% ../../nbs/30_models/05_features.ipynb #3ad06cdd
 import hashlib
 import json
-import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from ..core.checks import unknown
 from ..core.files import cache_root, content_hashes, write_atomically
 from ..data.image_sets import ImageSet
-from ..data.loaders import eval_loader
+from ..data.loaders import eval_loader, usable_cpus
 from .embedder import POOLS, create_backbone
 from .input_spec import InputSpec, image_transform
 
@@ -213,7 +212,7 @@ def cached_features(
     metadata, kinds = feature_metadata(net, backbone, dataset, spec, dtype), pool.split("+")
     file = _file(cache or cache_root(), metadata)
     if (features := _read(file, metadata, kinds)) is None:
-        workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        workers = min(4, usable_cpus()) if workers is None else workers
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         images = dataset.with_transform(image_transform(spec))
         both = embed(nn.Sequential(net, _AvgMax()), images, batch_size, workers, device, dtype)

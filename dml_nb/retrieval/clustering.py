@@ -80,7 +80,7 @@ def cluster_agreement(
     "Agreement of k-means clusters, as many as there are classes, with the labels."
     from sklearn import metrics
 
-    check_labels(labels, len(embeddings))
+    labels = check_labels(labels, len(embeddings))
     score = dict(NMI=metrics.normalized_mutual_info_score, AMI=metrics.adjusted_mutual_info_score)
     names = listify(names)  # also a single name
     for name in names:
@@ -104,7 +104,7 @@ def class_distances(
 ) -> dict[str, float]:  # "intra" and "inter" in [0, 2], and "intra/inter"; NaN where there is no pair
     "Mean distance within classes, mean distance between class means, and their ratio."
     check_embeddings(embeddings)
-    check_labels(labels, len(embeddings))
+    labels = check_labels(labels, len(embeddings))
     z, counts = float32_rows(embeddings, labels.argsort(stable=True), "cosine"), labels.unique(return_counts=True)[1]
     members = [part.double() for part in z.split(counts.tolist())]
 
@@ -140,7 +140,7 @@ def between_class_cosine(
 ) -> float:  # in [-1, 1]; NaN for a single class
     "Mean cosine between images of different classes; near 1, the embeddings have collapsed onto one direction."
     check_embeddings(embeddings)
-    check_labels(labels, len(embeddings))
+    labels = check_labels(labels, len(embeddings))
     class_N, n_C = labels.to(embeddings.device).unique(return_inverse=True, return_counts=True)[1:]
     sum_CD = embeddings.new_zeros(len(n_C), embeddings.shape[1], dtype=torch.float64)
     for rows in torch.arange(len(embeddings), device=embeddings.device).split(4096):

@@ -35,7 +35,7 @@ def _show_image(ax, image, title: str, color: str):
 
 # %% ../../nbs/50_retrieval/12_view.ipynb #12606f97
 def plot_retrieval(
-    images,  # `ImageSet` of the gallery, in the order of the embeddings
+    images,  # `ImageSet` in the order of the embeddings; `images.is_query` may divide it into queries and gallery
     embeddings: Tensor,  # (N, D)
     queries: int | list[int] = 6,  # how many queries, drawn by `seed`, or their ids
     k: int = 5,  # nearest images for each query
@@ -43,10 +43,13 @@ def plot_retrieval(
     size: float = 1.1,  # width of an image in inches
 ) -> Figure:  # one line for each query
     "Nearest images of some queries, right ones framed green and wrong ones red."
+    everything, is_query = torch.arange(len(embeddings)), getattr(images, "is_query", None)
+    can_ask, gallery = (everything, everything) if is_query is None else (everything[is_query], everything[~is_query])
     if isinstance(queries, int):
         generator = torch.Generator().manual_seed(seed)
-        queries = torch.randperm(len(embeddings), generator=generator)[:queries].tolist()
-    scores, ids = search(embeddings[queries], embeddings, min(k + 1, len(embeddings)))
+        queries = can_ask[torch.randperm(len(can_ask), generator=generator)[:queries]].tolist()
+    scores, ids = search(embeddings[queries], embeddings[gallery], min(k + 1, len(gallery)))
+    ids = gallery[ids.cpu()]
     fig, axes = plt.subplots(len(queries), k + 1, figsize=(size * (k + 1), 1.25 * size * len(queries)), squeeze=False)
     for row, q, row_scores, row_ids in zip(axes, queries, scores.tolist(), ids.tolist()):
         _show_image(row[0], images.image(q), plain_text(str(images.classes[images.labels[q]])[-18:]), "black")

@@ -6,12 +6,14 @@
 __all__ = ['parameter_groups', 'NetworkAndLoss', 'JointLearner']
 
 # %% ../../nbs/60_training/04_joint_learner.ipynb #9f228f8a
+from contextlib import ExitStack
+
 import pandas as pd
 from fastai.callback.hook import PrettyString
 from fastai.learner import Learner, load_model, save_model
 from fastai.torch_core import get_model
 from fastcore.meta import delegates
-from fastcore.xtras import join_path_file
+from fastcore.xtras import ContextManagers, join_path_file
 from torch import Tensor, nn
 
 from ..retrieval.exact_search import search
@@ -56,6 +58,15 @@ class NetworkAndLoss:
         self.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("loss.")}, strict=strict)
         self.loss.load_state_dict(loss, strict=strict)
 
+# %% ../../nbs/60_training/04_joint_learner.ipynb #aca4d518
+class _Contexts(ContextManagers):
+    "Context managers that are all left again if one of them cannot be entered."
+
+    def __enter__(self):
+        with ExitStack() as entered:
+            self.default.map(entered.enter_context)
+            self.stack = entered.pop_all()
+
 # %% ../../nbs/60_training/04_joint_learner.ipynb #b221bd58
 class JointLearner(Learner):
     "A fastai Learner that treats network and loss as one; `lr` holds a learning rate for each group."
@@ -77,6 +88,14 @@ class JointLearner(Learner):
         super().__exit__(*error)
         vars(self.recorder).update(self.recorded)
         self.recorded = None
+
+    def validation_context(
+        self,
+        cbs=None,  # further callbacks
+        inner: bool = False,  # within a training
+    ) -> ContextManagers:
+        "What fastai enters for `validate` and `get_preds`."
+        return _Contexts(super().validation_context(cbs, inner).default)
 
     def _end_cleanup(self):
         super()._end_cleanup()

@@ -8,6 +8,7 @@ __all__ = ['FEW_STEPS', 'DMLLearner', 'dml_learner', 'lr_factor', 'feature_dls',
 # %% ../../nbs/60_training/05_learner.ipynb #9a7c4118
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from functools import partial
 
 import torch
@@ -22,7 +23,9 @@ from torch import nn
 from ..core.checks import unknown
 from .batches import DMLDataLoaders, feature_dls, image_dls
 from dml_nb.training.callbacks import (
+    CheckFinite,
     ClipGradValue,
+    ContinueEpoch,
     FeedMemory,
     FreezeBackbone,
     SeedEpoch,
@@ -38,15 +41,26 @@ _all_ = ["feature_dls", "image_dls"]
 class DMLLearner(JointLearner):
     "A fastai Learner for metric learning: network and loss are one, and retrieval metrics replace the validation loss."
 
-    first_epoch = 0  # of the next training
+    first_epoch, resumed = 0, None  # of the next training
 
     def _do_fit(self):
         bar = getattr(getattr(self, "progress", None), "mbar", None)
         if bar and self.first_epoch:
             bar.update(0)  # fastprogress starts its clock at item 0
-        for epoch in range(self.first_epoch, self.n_epoch):
-            self.epoch = epoch
-            self._with_events(self._do_epoch, "epoch", CancelEpochException)
+        with ExitStack() as stack:
+            for callback in self.cbs:
+                stack.enter_context(getattr(callback, "during_fit", nullcontext)())
+            for epoch in range(self.first_epoch, self.n_epoch):
+                self.epoch = epoch
+                self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+    def all_batches(self):
+        start = self.dls.train.position.start if self.training else 0
+        self.n_iter = start + len(self.dl)
+        if hasattr(self.dl, "total"):  # the progress bar around the loader
+            self.dl.total = self.n_iter
+        for i, batch in enumerate(self.dl, start):
+            self.one_batch(i, batch)
 
 # %% ../../nbs/60_training/05_learner.ipynb #77db5dc0
 def dml_learner(
@@ -64,7 +78,8 @@ def dml_learner(
     evaluate_every: int = 1,  # epochs between two evaluations; the last epoch is always evaluated
 ) -> DMLLearner:  # train it with `fit_schedule`, or with `fit`, `fit_one_cycle` and others of fastai
     "A fastai Learner for metric learning."
-    callbacks = [SeedEpoch(), FeedMemory(), RetrievalMetrics(recall_at, evaluate_every), FreezeBackbone(warm_epochs)]
+    callbacks = [SeedEpoch(), ContinueEpoch(), FeedMemory(), FreezeBackbone(warm_epochs), CheckFinite()]
+    callbacks.append(RetrievalMetrics(recall_at, evaluate_every))
     if clip_value is not None:
         callbacks.append(ClipGradValue(clip_value))
     lr_of_group = dict(backbone=lr, head=lr if head_lr is None else head_lr, loss=lr * proxy_lr_mult)
@@ -125,10 +140,15 @@ def fit(
         Learner.fit(self, n_epoch, lr, wd, cbs, reset_opt)
     except KeyboardInterrupt:
         epoch = getattr(self, "epoch", self.first_epoch)  # the first epoch may not have begun
-        print(f"interrupted in epoch {epoch} of 0 to {n_epoch - 1}: a checkpoint holds the epochs before it")
+        print(f"interrupted in epoch {epoch} of 0 to {n_epoch - 1}: `resume` continues from the last checkpoint")
         raise
+    except torch.OutOfMemoryError as e:
+        raise torch.OutOfMemoryError(
+            f"the GPU has too little memory for a batch of {len(next(iter(self.dls.train.sampler)))} images: "
+            f"lower batch_size, or the size of the images (image_size). ({e})"
+        ) from e
     finally:
-        self.first_epoch = 0
+        self.first_epoch, self.resumed, self.dls.train.position.start = 0, None, 0
 
 # %% ../../nbs/60_training/05_learner.ipynb #c9d4f767
 @patch
@@ -139,12 +159,12 @@ def lr_find(
 ):
     "Suggest one learning rate for all groups; network and loss stay as they are."
     kwargs.setdefault("stop_div", not hasattr(self.loss_func, "remember"))  # a loss rises while its memory fills
-    first_epoch, self.first_epoch = self.first_epoch, 0
+    first_epoch, resumed, self.first_epoch = self.first_epoch, self.resumed, 0
     try:
         with self.added_cbs(StopAtInfinity()):
             return Learner.lr_find(self, **kwargs)
     finally:
-        self.first_epoch = first_epoch
+        self.first_epoch, self.resumed = first_epoch, resumed
 
 # %% ../../nbs/60_training/05_learner.ipynb #621918f5
 @patch
