@@ -12,7 +12,7 @@ from dml_nb.losses.base import loss_parameters
 from dml_nb.models.embedder import create_embedder
 from dml_nb.training.gradient_cache import GradientCache, embed_in_parts
 from dml_nb.training.learner import dml_learner, feature_dls
-from dml_nb.training.several_processes import SeveralProcesses, launch
+from dml_nb.training.several_processes import launch
 
 B, C, D, F, PART = 24, 6, 8, 16, 7  # 24 images are parts of 7, 7, 7 and 3
 
@@ -136,7 +136,7 @@ def test_after_an_interruption_the_network_still_works():
 
 
 def weights_with_cache():
-    return train(SeveralProcesses(), GradientCache(PART)).model.weight.detach()
+    return train(GradientCache(PART)).model.weight.detach()
 
 
 @pytest.mark.filterwarnings("ignore:the training has")

@@ -67,9 +67,7 @@ def train(name, network=InFloat64, cbs=(), **params):
     loss = create_loss(name, C, D, **quick_start(name), **params).double()
     # a pair loss needs several images of a class; the other losses get random batches
     dls = loaders(2 if "num_classes" not in loss_parameters(name) else None, evaluated=False)
-    learn = dml_learner(
-        dls, network(), loss, lr=1e-2, warm_epochs=0, proxy_lr_mult=1, cbs=[SeveralProcesses(), FloatLog(), *cbs]
-    )
+    learn = dml_learner(dls, network(), loss, lr=1e-2, warm_epochs=0, proxy_lr_mult=1, cbs=[FloatLog(), *cbs])
     with learn.no_bar(), learn.no_logging():
         learn.fit_schedule(EPOCHS)
     state = {key: value.clone() for key, value in NetworkAndLoss(learn.model, loss).state_dict().items()}
@@ -137,7 +135,7 @@ def other_start():
     "As if each process had made its own network."
     torch.manual_seed(process_rank())
     loss = create_loss("proxy_anchor", C, D)
-    learn = dml_learner(loaders(None), nn.Linear(F, D), loss, warm_epochs=0, cbs=[SeveralProcesses()])
+    learn = dml_learner(loaders(None), nn.Linear(F, D), loss, warm_epochs=0)
     with learn.no_bar(), learn.no_logging():
         learn.fit_schedule(1)
     return gather(learn.model.weight[None].detach()), gather(loss.proxies[None].detach()), learn.retrieval_metrics.best
@@ -150,7 +148,7 @@ def test_the_first_process_gives_network_and_loss_to_the_others():
 
 
 def search_rate():
-    learn = dml_learner(loaders(None), nn.Linear(F, D), create_loss("contrastive"), cbs=[SeveralProcesses()])
+    learn = dml_learner(loaders(None), nn.Linear(F, D), create_loss("contrastive"))
     with pytest.raises(ValueError, match="lr_find works in one process only"):
         learn.lr_find(num_it=2, show_plot=False)
     return True
@@ -165,7 +163,7 @@ def refused(network, batch_size):
     dls = feature_dls(torch.randn(48, F), labels, torch.randn(12, F), labels[:12], batch_size=batch_size)
     loss = create_loss("contrastive")
     try:
-        dml_learner(dls, network, loss, warm_epochs=0, cbs=[SeveralProcesses()]).fit(1)
+        dml_learner(dls, network, loss, warm_epochs=0).fit(1)
     except ValueError as e:
         return str(e)
 
@@ -294,7 +292,7 @@ def resumed(folder, per_class, at):
     for callbacks in ([Stop(*at)], []):
         torch.manual_seed(0)
         loss = create_loss("cp_proxy_anchor", C, D, start_epoch=0).double()
-        callbacks += [SeveralProcesses(), Checkpoint(folder, minutes=0), FloatLog()]
+        callbacks += [Checkpoint(folder, minutes=0), FloatLog()]
         learn = dml_learner(loaders(per_class), InFloat64(), loss, lr=1e-2, warm_epochs=0, cbs=callbacks)
         assert bool(resume(learn, folder / "checkpoint.pt", "")) == (Stop not in map(type, callbacks))
         with learn.no_bar(), learn.no_logging(), suppress(KeyboardInterrupt):

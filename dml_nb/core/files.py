@@ -47,23 +47,23 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/10_core/06_files.ipynb #cdf95e98
-def _state(path: str) -> list[int] | None:
+def _state(path: str) -> str | None:
     "Numbers that change with the file; None if it cannot be examined."
     try:
         s = os.stat(path)
     except OSError:
         return None
-    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+    return f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}"
 
 
 def _stored_answers(store: Path) -> dict[str, list]:
     "Path -> its state and the result; nothing if the store is missing or damaged."
     try:
-        return {
-            path: [state, result] for path, (state, result) in json.loads(store.read_text(encoding="utf-8")).items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    is_intact = isinstance(found, dict) and all(isinstance(a, list) and len(a) == 2 for a in found.values())
+    return found if is_intact else {}
 
 # %% ../../nbs/10_core/06_files.ipynb #84ac0572
 def once_per_file(

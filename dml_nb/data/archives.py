@@ -129,8 +129,8 @@ def unpack(
             ) from e
         except OSError as e:
             raise OSError(
-                f"{archive} cannot be unpacked into {target.parent} ({e.strerror}): it needs a folder with enough space "
-                "that you can write."
+                f"{archive} cannot be unpacked into {target.parent} ({e.strerror}): it needs a folder with "
+                "enough space that you can write."
             ) from e
         folder.rename(target)
     return target

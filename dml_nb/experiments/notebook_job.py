@@ -10,12 +10,17 @@ __all__ = ['MIN_FREE_BYTES', 'template_path', 'check_notebook_parameters', 'Job'
 import json
 import os
 import re
+import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from shutil import disk_usage
+from threading import current_thread, main_thread
+
+import psutil
 
 import dml_nb
 from ..core.checks import unknown
@@ -177,6 +182,26 @@ def record_failure(
     return RunFailed(f"{row.id}, seed {job.seed}: {name}: {text} (see {folder / 'failed.json'})")
 
 # %% ../../nbs/70_experiments/06_notebook_job.ipynb #3ed752ac
+@contextmanager
+def _sigterm_to_kernel() -> Iterator[list]:  # not empty after the signal
+    "Pass SIGTERM on to the kernel; Python allows this in the main thread only."
+    received = []
+
+    def pass_on(*_):
+        received.append(True)
+        for child in psutil.Process().children():
+            child.terminate()
+
+    if current_thread() is not main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _say_where_it_resumes(job: Job, checkpoint: Path, say: Callable[[str], object]):
     if not checkpoint.exists():
         return
@@ -202,18 +227,24 @@ def run_job(
     folders = {row: run_folder(out, row, job.settings, job.seed) for row in job.rows}
     row = next((row for row in job.rows if (folders[row] / "checkpoint.pt").exists()), job.rows[0])
     folder = folders[row]
-    for left in reversed(range(retries + 1)):
-        try:
-            prepare_folder(folder, row, job.settings, job.seed, job.asked, job.checksum)
-            _say_where_it_resumes(job, folder / "checkpoint.pt", say)
-            for text in run_notebook(job, row, folder):
-                say(f"warning: {text}")
-            return folder
-        except DeadKernelError as e:
-            if not left:
-                why = f"the process of the notebook was killed {retries + 1} times, perhaps for lack of memory"
-                raise record_failure(job, row, folder, DeadKernelError(why)) from e
-        except Exception as e:
-            raise record_failure(job, row, folder, e) from e
-        finally:
-            (folder / "run.tmp.ipynb").unlink(missing_ok=True)
+    with _sigterm_to_kernel() as stopped:
+        for left in reversed(range(retries + 1)):
+            try:
+                prepare_folder(folder, row, job.settings, job.seed, job.asked, job.checksum)
+                _say_where_it_resumes(job, folder / "checkpoint.pt", say)
+                for text in run_notebook(job, row, folder):
+                    say(f"warning: {text}")
+                return folder
+            except Exception as e:
+                if stopped:
+                    from dml_nb.training.checkpoint import SIGTERM_STATUS  # imports fastai
+
+                    say("stopped by SIGTERM; the same command resumes it from its last checkpoint")
+                    raise SystemExit(SIGTERM_STATUS) from e
+                if not isinstance(e, DeadKernelError):
+                    raise record_failure(job, row, folder, e) from e
+                if not left:
+                    why = f"the process of the notebook was killed {retries + 1} times, perhaps for lack of memory"
+                    raise record_failure(job, row, folder, DeadKernelError(why)) from e
+            finally:
+                (folder / "run.tmp.ipynb").unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from fnmatch import fnmatch
 
 import pandas as pd
 
-from .recipes import flat_settings, setting_layers, settings_for, source_training
+from ..data.label_noise import NOISE_LISTS, noise_list_name
+from .recipes import flat_settings, noise_rate, setting_layers, settings_for, source_training
 from .tables import Row, all_rows, load_recipes, loss_defaults, why_not_runnable
 from ..losses.base import list_presets
 from ..models import why_no_weights
@@ -189,6 +190,11 @@ def contradictions(
     return found
 
 # %% ../../nbs/70_experiments/02_provenance.ipynb #bd2d228c
+def _wrong_labels(row: Row) -> str:
+    which = f" (list {noise_list_name(row.dataset, noise_rate(row.noise))})" if row.dataset in NOISE_LISTS else ""
+    return f"{row.noise} of the training labels wrong{which}"
+
+
 def _claims(row: Row) -> list[str]:
     "The claimed values of a row, its notes, and its contradictions with other tables."
     claimed = ", ".join(f"{metric} {value}" for metric, value in row.claimed.items())
@@ -196,7 +202,7 @@ def _claims(row: Row) -> list[str]:
         row.id,
         f"  method      {row.method}",
         f"  table       {f'{row.table}, printed row {row.printed!r}' if claimed else 'none: a loss on its own'}",
-        f"  data set    {row.dataset}" + ("" if row.noise == "none" else f", {row.noise} of the labels wrong"),
+        f"  data set    {row.dataset}" + ("" if row.noise == "none" else f", {_wrong_labels(row)}"),
         f"  backbone    {row.backbone or 'not stated'}",
         f"  embedding   {row.embedding_size or 'size not stated'}",
         f"  claimed     {f'{claimed} (percent; - is a gap in the source)' if claimed else 'nothing'}",

@@ -1,0 +1,5 @@
+"`python -m dml_nb` is the command `dml_nb`; `torchrun` can start it."
+
+from .face.cli import app
+
+app()
