@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -49,3 +50,24 @@ def test_the_stored_comparison_varies_cp_alone():
     assert families
     for key, runs in families.items():
         assert all(settings == runs[0][0] for settings, _ in runs), key
+
+
+TUNED, TRIALS = RUNS.parent / "host_tuned", RUNS.parent / "search/host_tuned"
+FAMILIES = dict(cp_proxy_anchor="pa", cp_proxy_nca="nca", cp_softtriple="st")
+
+
+@pytest.mark.skipif(not TUNED.is_dir(), reason="runs/host_tuned is not part of this checkout")
+def test_host_and_cp_were_each_run_with_the_best_trial_of_their_search():
+    found = set()
+    for result in load_results(TUNED):
+        settings = settings_with_defaults(result["settings"])
+        family = f"{FAMILIES[settings['loss']]}-{settings['proxies_per_class']}"
+        who = "cp" if settings["center_weight"] else "host"
+        trials = pd.read_csv(TRIALS / f"{family}-{who}.csv").sort_values("R@1", ascending=False, kind="stable")
+        searched = [name for name in trials if name in settings]
+        best = [trials.iloc[0]]
+        if who == "cp":
+            best.append(trials[trials.calib_lambda > 0].iloc[0])
+        assert any(all(settings[name] == trial[name] for name in searched) for trial in best), (family, who, settings)
+        found.add((family, who, settings["calib_lambda"] > 0, result["seed"]))
+    assert len(found) == 60
