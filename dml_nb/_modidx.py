@@ -2281,6 +2281,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'dml_nb/training/callbacks.py'),
                                            'dml_nb.training.callbacks.CheckFinite.after_pred': ( '60_training/callbacks.html#checkfinite.after_pred',
                                                                                                  'dml_nb/training/callbacks.py'),
+                                           'dml_nb.training.callbacks.CheckFinite.after_train': ( '60_training/callbacks.html#checkfinite.after_train',
+                                                                                                  'dml_nb/training/callbacks.py'),
                                            'dml_nb.training.callbacks.CheckFinite.before_train': ( '60_training/callbacks.html#checkfinite.before_train',
                                                                                                    'dml_nb/training/callbacks.py'),
                                            'dml_nb.training.callbacks.CheckFinite.check_losses': ( '60_training/callbacks.html#checkfinite.check_losses',

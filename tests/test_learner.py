@@ -417,7 +417,7 @@ def test_an_interrupted_training_resumes_with_the_same_numbers(how, tmp_path, ca
     getattr(whole, how)(5)
     with pytest.raises(KeyboardInterrupt):
         getattr(broken, how)(5, cbs=[Checkpoint(tmp_path), InterruptAt(3)])
-    assert "interrupted in epoch 3 of 0 to 4" in capsys.readouterr().out
+    assert "interrupted in epoch 3 (epochs 0 to 4)" in capsys.readouterr().out
     assert resume(resumed, tmp_path / "checkpoint.pt", "") == 3
     assert "resumes after epoch 2" in capsys.readouterr().out
     getattr(resumed, how)(5, cbs=[Checkpoint(tmp_path)])

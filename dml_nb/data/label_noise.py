@@ -24,7 +24,7 @@ from .image_sets import ImageSet, RetrievalData, composed
 # %% ../../nbs/20_data/08_label_noise.ipynb #c0ae6760
 @dataclass(repr=False)
 class LabelNoise:
-    "Given labels beside the true ones."
+    "Training labels as given, together with the true ones."
 
     name: str  # name of the rule or the list
     given: Tensor  # (N,) int64, 0 ... G-1; -1: no label
@@ -70,11 +70,11 @@ def _checked(labels, num_classes=None) -> Tensor:
 # %% ../../nbs/20_data/08_label_noise.ipynb #bd5e2d87
 def symmetric_noise(
     labels,  # (N,) true labels, 0 ... C-1
-    rate: float,  # r, probability of a wrong label
+    rate: float,  # r, probability that a label is wrong
     num_classes: int,  # C
-    seed: int = 0,  # determines the images and their labels
-) -> LabelNoise:  # given label c denotes class c
-    "Replace each label with probability `rate` by that of another class, all equally likely (PRISM)."
+    seed: int = 0,  # determines which labels are replaced, and by what
+) -> LabelNoise:  # its given label c denotes the true class c
+    "Replace each label, with probability `rate`, by one of the other classes, all equally likely (PRISM)."
     true = _checked(labels, num_classes)
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must lie in 0...1, got {rate}: write 20 % as 0.2.")
@@ -87,7 +87,7 @@ def symmetric_noise(
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #288e1a61
 def _clusters(features, seed):
-    "Step 2: the cluster of each image, with half as many clusters as images."
+    "Step 2: the number of each image's cluster; there are half as many clusters as images."
     from sklearn.cluster import KMeans
 
     return KMeans(max(1, round(len(features) / 2)), n_init=1, random_state=seed).fit_predict(unit(features).numpy())
@@ -95,11 +95,11 @@ def _clusters(features, seed):
 # %% ../../nbs/20_data/08_label_noise.ipynb #f6220b70
 def small_cluster_noise(
     labels,  # (N,) true labels, 0 ... C-1
-    features: Tensor,  # (N, F) features that determine which images are similar, such as those of a backbone
+    features: Tensor,  # (N, F) features that say which images are similar, such as those of a backbone
     rate: float,  # r, share of the classes that are dissolved
-    seed: int = 0,  # determines the classes, clusters and labels
-) -> LabelNoise:  # given labels number the remaining classes
-    "Dissolve classes and give each small cluster of their images to a remaining class (PRISM)."
+    seed: int = 0,  # determines the dissolved classes, the clusters and their labels
+) -> LabelNoise:  # its given labels number the remaining classes from 0
+    "Dissolve some classes and give each small cluster of their images to a remaining class (PRISM)."
     true = _checked(labels)
     C = int(true.max()) + 1
     dissolved = int(rate * C + 1e-9)  # 0.29 * 100 is 28.999... in floating point
@@ -117,7 +117,7 @@ def small_cluster_noise(
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #4970d32a
 def _dissolve(given, members, features, num_labels, rng):
-    "Step 3: give each cluster of a class's images one random label, in place."
+    "Step 3: write one random label for each cluster of a dissolved class into `given`."
     if not members.any():
         return
     cluster = _clusters(features[members].float(), int(rng.integers(2**31)))
@@ -125,7 +125,7 @@ def _dissolve(given, members, features, num_labels, rng):
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #ff11172d
 def _read_lines(path: Path) -> dict[str, int]:
-    "Class folder and file name -> label as written in the list."
+    "Read a list as a dictionary: 'last folder/file name' -> label as written in the list."
     lines = [
         (n, *line.rpartition(",")[::2])
         for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1)
@@ -150,7 +150,7 @@ def _read_lines(path: Path) -> dict[str, int]:
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #1803a6fc
 def _numbered_classes(given, true, classes):
-    "The true class of each label of a list that numbers all classes, in their own order or by name; -1: none."
+    "The true class of each label of a symmetric list, which numbers the classes as here or by name; -1: none."
     C = len(classes)
     beyond = torch.full((max(0, int(given.max()) + 1 - C),), -1)
     orders = torch.arange(C), torch.tensor(sorted(range(C), key=lambda c: classes[c]))
@@ -159,7 +159,7 @@ def _numbered_classes(given, true, classes):
 
 
 def _majority_classes(given, true, num_classes):
-    "The true class of each label of a list with renumbered classes: that of most of its images; -1: no image."
+    "The true class of each label of a small-cluster list: that of most of its images; -1: it has no image."
     G = int(given.max()) + 1
     pair = (given * num_classes + true)[given >= 0]
     count_GC = torch.bincount(pair, minlength=G * num_classes).view(G, num_classes)
@@ -167,7 +167,7 @@ def _majority_classes(given, true, num_classes):
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #5cd22588
 def _names_in_list(images: ImageSet, label_of: dict) -> list[str]:
-    "Each image as a list names it: by folder and file, or by class and file if the list has none of these folders."
+    "Each image as the list names it: by folder and file, or by class and file if that finds no image."
     by_folder = [composed("/".join(Path(path).parts[-2:])) for path in images.paths]
     if not label_of.keys().isdisjoint(by_folder):
         return by_folder
@@ -180,7 +180,7 @@ def _names_in_list(images: ImageSet, label_of: dict) -> list[str]:
 
 
 def _check_names(name, label_of, keys, dataset, on_mismatch):
-    'Raise `ValueError` if list and data set name different images, or with "skip" if they share none.'
+    'Raise `ValueError` if list and data set name different images; with "skip", only if they share none.'
     absent, extra = [key for key in keys if key not in label_of], sorted(set(label_of) - set(keys))
     if not absent and not extra or on_mismatch == "skip" and len(absent) < len(keys):
         return
@@ -193,7 +193,7 @@ def _check_names(name, label_of, keys, dataset, on_mismatch):
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #d576f7b9
 def _find_list(path) -> Path:
-    "A list at its path, or else in the folder `prism` of the data root."
+    "The file of a list: at this path, or else in the folder `prism` of the data root."
     for file in (Path(path).expanduser(), data_root() / "prism" / path):
         if file.is_file():
             return file
@@ -203,22 +203,22 @@ def _find_list(path) -> Path:
     )
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #dfa43794
-NOISE_LISTS = dict(cub="CUB", cars="CARS", sop="SOP")  # data set -> start of the file names of its lists
+NOISE_LISTS = dict(cub="CUB", cars="CARS", sop="SOP")  # data set -> how the file names of its lists begin
 
 
 def noise_list_name(
     dataset: str,  # one of `NOISE_LISTS`
-    rate: float,  # share of wrong labels
-) -> str:  # of the published file
-    "The name of a list in the repository of PRISM."
+    rate: float,  # requested share of wrong labels: 0.1, 0.2 or 0.5
+) -> str:  # file name
+    "The file name of the published list with symmetric noise."
     return f"{NOISE_LISTS[dataset]}_{rate:g}noised_train.csv"
 
 
 def read_noise_list(
-    path: str | Path,  # file with lines `path,label`; a file name alone is also looked for in `prism` in the data root
-    data: RetrievalData,  # data set of the list, with its images in files
-    on_mismatch: str = "stop",  # images without a line and lines without an image: "stop" with an error or "skip" them
-) -> LabelNoise:  # for the training images
+    path: str | Path,  # file with lines `path,label`; it is also looked for in the folder `prism` of the data root
+    data: RetrievalData,  # the data set that the list names, with its images in files
+    on_mismatch: str = "stop",  # images without a line or lines without an image: "stop" with an error, or "skip" them
+) -> LabelNoise:  # for the training images of `data`
     "Read a list of noisy training labels in PRISM's format."
     if on_mismatch not in ("stop", "skip"):
         raise unknown("on_mismatch", on_mismatch, ("stop", "skip"))
@@ -244,7 +244,7 @@ def read_noise_list(
 
 # %% ../../nbs/20_data/08_label_noise.ipynb #4724069d
 class NoisyImages(ImageSet):
-    "Training images with given labels; `noise` holds the true label of each image."
+    "Training images with noisy labels; `noise` holds the true labels beside them."
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class NoisyImages(ImageSet):
 # %% ../../nbs/20_data/08_label_noise.ipynb #06082c40
 def with_noise(
     data: RetrievalData,  # clean data set
-    noise: LabelNoise,  # for its training images
+    noise: LabelNoise,  # made for its training images
 ) -> RetrievalData:  # noisy training labels, original test split
     "The same data set with noisy training labels."
     if not torch.equal(noise.true, data.train.labels):

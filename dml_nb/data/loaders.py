@@ -30,7 +30,7 @@ class TensorSet(Dataset):
         self,
         x: Tensor,  # (N, ...) images or features
         labels=None,  # (N,) integers; None: no labels
-        transform=None,  # function of a batch, (B, ...) -> (B, ...); None: no transform
+        transform=None,  # function of a whole batch, (B, ...) -> (B, ...); None: no transform
     ):
         if labels is not None and len(labels) != len(x):
             raise ValueError(f"there are {len(x)} items but {len(labels)} labels: give one label per item.")
@@ -61,14 +61,14 @@ def random_shift(
 # %% ../../nbs/20_data/10_loaders.ipynb #d7fbac17
 @dataclass
 class Position:
-    "Where a loader stands."
+    "The batch at which the next iteration of a loader begins."
 
     epoch: int = 0  # of the next iteration
-    start: int = 0  # its first batch
+    start: int = 0  # number of its first batch
 
 # %% ../../nbs/20_data/10_loaders.ipynb #3de060e4
 class NumberedDraws:
-    "The batches of a sampler as (epoch, list of (index, number of its earlier draws in this epoch))."
+    "The batches of a sampler, each as (epoch, list of (index, how often it was drawn before in this epoch))."
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class SeededBatches(Dataset):
         return torch.stack(x), torch.tensor(y)
 
     def _item(self, index, epoch, number, draw):
-        again = [draw] if draw else []  # the first draw keeps the seed of runs that were stored without this number
+        again = [draw] if draw else []  # the first draw keeps the seed of older stored runs, which had no number
         # torch.manual_seed would also reseed CUDA
         torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, number, *again))
         return self.dataset[index]
@@ -132,7 +132,7 @@ def usable_cpus() -> int:  # at least 1
 
 # %% ../../nbs/20_data/10_loaders.ipynb #7d06c531
 def _exit_with_parent(worker_id):
-    "Leave Ctrl-C to the parent, and start a thread that ends this worker when the parent is gone."
+    "Ignore Ctrl-C, and start a thread that ends this worker when the training process has ended."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
@@ -147,7 +147,7 @@ def _without_labels(batch):
 
 
 def _prepare_of(dataset):
-    "What the training process still has to do with a batch; None: nothing."
+    "The function `prepare` of the data set, which the training process applies to each batch; None: there is none."
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     return getattr(dataset, "prepare", None)
@@ -164,7 +164,7 @@ class BatchLoader(DataLoader):
         sampler,  # gives lists of indices
         seed: int = 0,  # determines the augmentation together with the epoch
         workers: int | None = 0,  # processes that read images; 0: the training process itself; None: `usable_cpus()`
-        shuffled: bool = False,  # for training? Then the batches hold labels
+        shuffled: bool = False,  # True: a loader for training, whose batches hold labels
     ):
         workers = usable_cpus() if workers is None else workers
         super().__init__(
@@ -178,7 +178,7 @@ class BatchLoader(DataLoader):
             collate_fn=None if shuffled else _without_labels,
             persistent_workers=workers > 0,
         )
-        self.shuffled, self.in_order = shuffled, dataset  # `in_order` is what `new(shuffle=False)` reads
+        self.shuffled, self.in_order = shuffled, dataset  # `new(shuffle=False)` reads `in_order`
         self.position, self.running = Position(), None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -198,7 +198,7 @@ class BatchLoader(DataLoader):
         return batch if prepare is None else (prepare(x, self.device), *y)
 
     @property
-    def labels(self) -> Tensor | None:  # of the images of all batches in order; None: unknown, or part of the batches
+    def labels(self) -> Tensor | None:  # in the order of the batches; None: the batches hold them, or there are none
         labels = getattr(self.dataset.dataset, "labels", None)
         return None if self.shuffled or labels is None else labels[[i for batch in self.sampler for i in batch]]
 
@@ -208,17 +208,17 @@ class BatchLoader(DataLoader):
 
     def to(
         self,
-        device,  # where a batch is prepared if its data set asks for it; the Learner moves all others
+        device,  # where `prepare` puts a batch; the Learner moves the batches of data sets without it
     ):
-        "fastai tells each loader the device."
+        "Set the device; fastai calls this for each loader."
         self.device = torch.device(device)
         return self
 
     def new(
         self,
         dataset=None,  # None: the same images
-        shuffle: bool | None = None,  # False: in order and without augmentation; None: as this loader
-        drop_last: bool = False,  # ignored: training drops a short last batch, evaluation needs it
+        shuffle: bool | None = None,  # False: in order, with the images of `in_order`; None: as this loader
+        drop_last: bool = False,  # ignored: training always drops a short last batch, evaluation never does
         bs: int | None = None,  # images per batch; None: as this loader in training, else 256
         num_workers: int | None = None,  # None: as this loader
     ) -> DataLoader:  # a `BatchLoader`
@@ -236,7 +236,7 @@ def train_loader(
     seed: int = 0,  # determines order and augmentation together with the epoch
     workers: int | None = 0,  # processes that read images; 0: the training process itself; None: `usable_cpus()`
     sampler=None,  # gives batches of indices and has `set_epoch`; None: `EpochSampler`
-) -> BatchLoader:  # of pairs x (B, C, H, W), y (B,) int64
+) -> BatchLoader:  # gives pairs x (B, C, H, W), y (B,) int64
     "Shuffled batches for training; call `set_epoch` before each epoch."
     return BatchLoader(dataset, sampler or EpochSampler(len(dataset), batch_size, seed), seed, workers, shuffled=True)
 
@@ -245,7 +245,7 @@ def set_epoch(
     loader: DataLoader,  # from `train_loader`
     epoch: int,  # 0-based
 ):
-    "Select the epoch whose order and augmentation the next iteration gives."
+    "Select the epoch of the next iteration, which determines order and augmentation."
     loader.sampler.set_epoch(epoch)
     if epoch != loader.position.epoch:
         loader.position.epoch, loader.position.start = epoch, 0
@@ -254,7 +254,7 @@ def set_epoch(
 # %% ../../nbs/20_data/10_loaders.ipynb #7d2ff88a
 @patch
 def state_dict(self: BatchLoader) -> dict:  # small: "batch", and the state of the sampler
-    "What is needed to continue after the last batch."
+    "What is needed to continue after the batch that was given last."
     given = self.running._num_yielded if self.running is not None else 0
     return dict(batch=self.position.start + given, sampler=self.sampler.state_dict())
 
@@ -264,7 +264,7 @@ def load_state_dict(
     self: BatchLoader,
     state: dict,  # from `state_dict` of a loader of the same images, seed and batches
 ):
-    "Continue there: the next iteration gives the remaining batches of the epoch."
+    "Continue from a stored state: the next iteration gives the remaining batches of its epoch."
     self.sampler.load_state_dict(state["sampler"])
     self.position.epoch, self.position.start, self.running = self.sampler.epoch, state["batch"], None
 
@@ -274,7 +274,7 @@ def eval_loader(
     batch_size: int = 256,  # images per batch
     workers: int | None = 0,  # as in `train_loader`
     sampler=None,  # gives batches of indices, such as the share of one process; None: all images in order
-) -> BatchLoader:  # of tuples (x,) with x (B, C, H, W)
+) -> BatchLoader:  # gives tuples (x,) with x (B, C, H, W)
     "All images in order, without labels."
     if sampler is None:
         sampler = EpochSampler(len(dataset), batch_size, shuffle=False, drop_last=False)

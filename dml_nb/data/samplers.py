@@ -28,7 +28,7 @@ def mixed_seed(
 
 # %% ../../nbs/20_data/09_samplers.ipynb #da59a5e7
 class _ByEpoch:
-    "What all samplers share."
+    "The epoch, the length and the state of a sampler, which all samplers share."
 
     epoch, batches = 0, 0
 
@@ -36,7 +36,7 @@ class _ByEpoch:
         self,
         epoch: int,  # 0-based
     ):
-        "Select the epoch whose batches the next iteration gives."
+        "Select the epoch of the next iteration."
         self.epoch = epoch
 
     def __len__(self):
@@ -80,9 +80,9 @@ class EpochSampler(_ByEpoch):
 def default_batch_size(
     labels,  # (N,) class ids of the training images
     per_class: int | None = None,  # images of each class in a batch; None: random batches
-    largest: int = 150,  # for data of usual size
+    largest: int = 150,  # batch size for large data
 ) -> int:  # B, images per batch
-    "A tenth of the training images, between 16 and `largest`, and a number that the classes can fill."
+    "A tenth of the training images, but from 16 to `largest` and no more than the classes can fill."
     size = min(largest, max(16, len(labels) // 10))
     if per_class is None:
         return min(size, len(labels))
@@ -133,7 +133,7 @@ def _check_batch(batch_size, per_class, classes):
 
 # %% ../../nbs/20_data/09_samplers.ipynb #9447f120
 def _by_class(values: Tensor, classes: Tensor) -> Tensor:  # both (n,)
-    "Values sorted by class; those of a class keep their order."
+    "Values sorted by class; values of the same class keep their order."
     return values[classes.argsort(stable=True)]
 
 
@@ -141,7 +141,7 @@ def _by_class(values: Tensor, classes: Tensor) -> Tensor:  # both (n,)
 def _chunks(
     self: ClassSampler, generator: torch.Generator
 ) -> dict[int, list[list[int]]]:  # class -> chunks of `per_class` indices
-    "Step 1: shuffle each class, fill its last chunk, and cut."
+    "Step 1: shuffle the images of each class, fill the last chunk, and cut into chunks."
     order = torch.randperm(len(self.labels), generator=generator)
     order = _by_class(order, self.labels[order])
     missing = -self.sizes % self.per_class
@@ -157,7 +157,7 @@ def _chunks(
 # %% ../../nbs/20_data/09_samplers.ipynb #6bca5e5e
 @patch
 def _choose(self: ClassSampler, left: list[int], generator: torch.Generator) -> list[int]:
-    "Some of the classes that have chunks left."
+    "The classes of one batch, drawn from `left`, the classes that have chunks left."
     return [left[i] for i in torch.randperm(len(left), generator=generator)[: self.classes_per_batch].tolist()]
 
 
@@ -177,7 +177,7 @@ def __iter__(self: ClassSampler) -> Iterator[list[int]]:  # B indices per batch
 
 # %% ../../nbs/20_data/09_samplers.ipynb #f5d319e8
 class BalancedSampler(ClassSampler):
-    "Batches like those of `ClassSampler`, in which all classes are equally likely whatever their size."
+    "Batches of the same form as those of `ClassSampler`; all classes are equally likely, whatever their size."
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class BalancedSampler(ClassSampler):
         batch_size: int,  # B, images per batch
         per_class: int,  # k, images of each class in a batch
         seed: int = 0,  # determines the batches together with the epoch
-        replacement: bool = False,  # may a batch repeat an image of a class that has k images?
+        replacement: bool = False,  # may a batch repeat an image although its class has at least k images?
     ):
         super().__init__(labels, batch_size, per_class, seed)
         self.replacement = replacement
@@ -205,14 +205,14 @@ class BalancedSampler(ClassSampler):
 
 # %% ../../nbs/20_data/09_samplers.ipynb #f14b762a
 class HardClassSampler(ClassSampler):
-    "Batches like those of `ClassSampler`, of a random class and the classes whose proxies are nearest."
+    "Batches of the same form as those of `ClassSampler`, with a random class and the classes nearest to it."
 
     def __init__(
         self,
         labels,  # (N,) class ids 0 ... C-1
         batch_size: int,  # B, images per batch
         per_class: int,  # k, images of each class in a batch
-        proxies: Callable[[], Tensor],  # gives the current proxies (C, D) or (C, K, D): lambda: loss.proxies
+        proxies: Callable[[], Tensor],  # gives the current proxies, (C, D) or (C, K, D), such as lambda: loss.proxies
         seed: int = 0,  # determines the batches together with the epoch and the proxies
     ):
         super().__init__(labels, batch_size, per_class, seed)
@@ -222,7 +222,7 @@ class HardClassSampler(ClassSampler):
         self,
         epoch: int,  # 0-based
     ):
-        "Select the epoch; another epoch is drawn anew."
+        "Select the epoch of the next iteration; the batches are drawn anew only if the epoch changes."
         self.drawn = self.drawn if epoch == self.epoch else None
         self.epoch = epoch
 
@@ -237,7 +237,7 @@ class HardClassSampler(ClassSampler):
         left = torch.tensor(left)
         anchor = left[torch.randint(len(left), (1,), generator=generator).item()]
         sim_C = (self.unit_CKD.flatten(0, 1) @ self.unit_CKD[anchor].T).view(len(self.unit_CKD), -1).amax(1)
-        sim_C[anchor] = torch.inf  # the anchor comes first, whatever rounding does to equal proxies
+        sim_C[anchor] = torch.inf  # so the anchor class is chosen even if another class has the same proxy
         return left[sim_C[left].topk(self.classes_per_batch).indices].tolist()
 
     def state_dict(self) -> dict:  # epoch, and the batches (steps, B) that were drawn for it
@@ -253,13 +253,13 @@ class HardClassSampler(ClassSampler):
 
 # %% ../../nbs/20_data/09_samplers.ipynb #838b22ec
 class RankSampler:
-    "The part of one process in each batch of a sampler."
+    "The part of each batch of a sampler that one process reads."
 
     def __init__(
         self,
-        sampler,  # gives the batches of all processes together, the same in each
+        sampler,  # gives the whole batches, the same ones in every process
         rank: int | None = None,  # which process; None: this one
-        world: int | None = None,  # number of processes; None: all
+        world: int | None = None,  # number of processes; None: as many as take part in this training
     ):
         self.sampler, self.world = sampler, world or world_size()
         self.rank = (dist.get_rank() if world_size() > 1 else 0) if rank is None else rank

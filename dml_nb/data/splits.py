@@ -21,7 +21,7 @@ def class_folds(
     data: RetrievalData,  # only its training classes are used
     folds: int = 4,  # number of parts
     seed: int = 0,  # assigns the classes to the parts
-) -> list[RetrievalData]:  # one for each part, which is its test split
+) -> list[RetrievalData]:  # one fold for each part; the part is its test split
     "Divide the training classes for cross-validation."
     C = len(data.train.classes)
     if not 2 <= folds <= C:
@@ -41,7 +41,7 @@ def _fold(data, parts, number, seed):
 
 # %% ../../nbs/20_data/14_splits.ipynb #bf62a706
 def _rows(images: ImageSet, keep: np.ndarray, name: str) -> ImageSet:
-    "Some images of a set, with the same classes."
+    "The images of a set at the positions `keep`; the classes stay the same."
     other = copy.copy(images)
     other.name, other.labels = name, images.labels[keep]
     other.is_query = None if images.is_query is None else images.is_query[keep]
@@ -54,7 +54,7 @@ def _rows(images: ImageSet, keep: np.ndarray, name: str) -> ImageSet:
 
 def few_shot(
     data: RetrievalData,  # its test split stays as it is
-    k: int,  # training images of each class
+    k: int,  # training images to keep of each class
     seed: int = 0,  # selects the images
 ) -> RetrievalData:  # the same classes with fewer training images
     "Keep `k` images of each training class."
@@ -65,20 +65,20 @@ def few_shot(
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(data.train)))
     order = order[data.train.labels[order].argsort(stable=True)]  # by class, in random order
     labels = data.train.labels[order]
-    first = torch.searchsorted(labels, labels)  # where the class begins
+    first = torch.searchsorted(labels, labels)  # for each image, the position at which its class begins
     keep = order[torch.arange(len(order)) - first < k].sort().values.numpy()
     name = f"{k} images per class, seed {seed}"
     return RetrievalData(f"{data.name} ({name})", _rows(data.train, keep, f"{data.train.name}, {name}"), data.test)
 
 # %% ../../nbs/20_data/14_splits.ipynb #a3e7c008
 def apply_split(
-    data: RetrievalData,  # with the split of the papers
-    holdout: int | None = None,  # seed of held-out training classes; None: no holdout
+    data: RetrievalData,  # data set with its usual split
+    holdout: int | None = None,  # seed that selects the held-out training classes; None: no holdout
     fold: int | None = None,  # 0 to 3, one of `class_folds`; None: no cross-validation
     shots: int | None = None,  # training images of each class; None: all
-    seed: int = 0,  # of `fold` and `shots`
+    seed: int = 0,  # determines `fold` and `shots`
 ) -> RetrievalData:
-    "The split that the settings of a run ask for."
+    "Apply the split that the settings of a run select."
     if holdout is not None and fold is not None:
         raise ValueError(f"holdout {holdout} and fold {fold} both divide the training classes: choose one of them.")
     if holdout is not None:

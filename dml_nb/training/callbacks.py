@@ -24,7 +24,7 @@ from ..losses.base import takes_ids
 
 # %% ../../nbs/60_training/03_callbacks.ipynb #0af52f3c
 class SeedEpoch(Callback):
-    "Seed the random numbers, the training loader and the schedule of the loss with the number of the epoch."
+    "Seed the random numbers of an epoch, and tell loader and loss the number of the epoch."
 
     order = -6  # before `FeedMemory`, which reads the batches of the epoch
 
@@ -35,7 +35,7 @@ class SeedEpoch(Callback):
         random.seed(seed)
         set_epoch(self.dls.train, self.epoch)
         if hasattr(self.loss_func, "set_epoch"):
-            searching = hasattr(self.learn, "lr_finder")  # the short epochs of a search do not count
+            searching = hasattr(self.learn, "lr_finder")  # `lr_find` leaves the schedule where it is
             self.loss_func.set_epoch(getattr(self.loss_func, "epoch", 0) if searching else self.epoch)
 
 # %% ../../nbs/60_training/03_callbacks.ipynb #98d3640c
@@ -53,7 +53,7 @@ def random_states() -> dict:  # of numbers and tensors
 def set_random_states(
     states: dict,  # from `random_states`
 ):
-    "Continue the random numbers where `random_states` was called."
+    "Set the global random number generators to states that were read before."
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
@@ -62,7 +62,7 @@ def set_random_states(
 
 # %% ../../nbs/60_training/03_callbacks.ipynb #baab5147
 class ContinueEpoch(Callback):
-    "Begin the first epoch of a resumed training where its checkpoint stands, given as `learn.resumed`."
+    "Begin the first epoch of a resumed training after the last batch of its checkpoint, `learn.resumed`."
 
     order = SeedEpoch.order + 0.5  # before `FeedMemory`, which reads the batches of the epoch
 
@@ -79,7 +79,7 @@ class ContinueEpoch(Callback):
         self,
         state: dict,  # from a checkpoint
     ):
-        "Replace the beginning of the epoch."
+        "Set random numbers, loader, loss and log to their state after the last batch of the checkpoint."
         set_random_states(state["random"])
         self.dls.train.load_state_dict(dict(batch=state["batch"], sampler=state["sampler"]))
         if isinstance(self.loss_func, nn.Module):
@@ -136,7 +136,7 @@ class FreezeBackbone(Callback):
 
     def __init__(
         self,
-        epochs: int,  # epochs without training of the backbone
+        epochs: int,  # number of first epochs in which the backbone is frozen
     ):
         self.epochs, self.frozen = epochs, []
 
@@ -158,7 +158,7 @@ class FreezeBackbone(Callback):
 
 # %% ../../nbs/60_training/03_callbacks.ipynb #e2cfe563
 class ClipGradValue(Callback):
-    "Clip each component of the gradient, of network and loss."
+    "Clip each component of the gradient of network and loss."
 
     order = MixedPrecision.order + 1  # `GradientAccumulation` comes before both
 
@@ -173,7 +173,7 @@ class ClipGradValue(Callback):
 
 # %% ../../nbs/60_training/03_callbacks.ipynb #88a22a43
 class StopAtInfinity(Callback):
-    "End the training at the first embedding that is not finite."
+    "End the training at the first embedding that is very large or NaN."
 
     order = MixedPrecision.order + 1
 
@@ -195,7 +195,7 @@ class CheckFinite(Callback):
 
     def before_train(self):
         self.is_searching, self.checked = hasattr(self.learn, "lr_finder"), 0
-        self.every = 50 if next(self.model.parameters()).is_cuda else 1  # steps between two tests
+        self.every = 50 if next(self.model.parameters()).is_cuda else 1  # steps between two checks
 
     def after_pred(self):
         if self.training and not self.is_searching and self.every == 1 and not self.pred.isfinite().all():
@@ -205,8 +205,12 @@ class CheckFinite(Callback):
         if self.training and not self.is_searching and (self.iter + 1) % self.every == 0:
             self.check_losses()
 
+    def after_train(self):
+        if not self.is_searching:
+            self.check_losses()
+
     def check_losses(self):
-        "Test all losses since the last test."
+        "Raise an error if a loss since the last check is not finite."
         losses = self.learn.retrieval_metrics.losses
         start, self.checked = self.checked, len(losses)
         if losses[start:]:
@@ -215,17 +219,17 @@ class CheckFinite(Callback):
                 self.fail("the loss", start + bad[0].item())
 
     def check_weights(self):
-        "Test losses and weights."
+        "Raise an error if a loss or a weight is not finite."
         self.check_losses()
         if not all(parameter.isfinite().all() for parameter, *_ in self.opt.all_params()):
             self.fail("a weight", self.iter)
 
     def fail(
         self,
-        what: str,  # is not finite
-        step: int,  # in this epoch
+        what: str,  # the value that is not finite, such as "the loss"
+        step: int,  # its number in this epoch
     ):
-        "Raise `FloatingPointError`."
+        "Raise `FloatingPointError` with the step, its images and the last checkpoint."
         checkpoint = vars(self.learn).get("checkpoint")
         exists = checkpoint and checkpoint.path.exists()
         where = f"the last good checkpoint is {checkpoint.path}" if exists else "there is no checkpoint"

@@ -31,7 +31,7 @@ from .learner import DMLLearner
 
 # %% ../../nbs/60_training/07_checkpoint.ipynb #7cdb1e2d
 def _plain(x):
-    "NumPy numbers, which fastai's schedules leave in the optimiser, as Python numbers, which can be loaded safely."
+    "Replace the NumPy numbers that fastai's schedules leave, because `weights_only=True` refuses them."
     if isinstance(x, dict):
         return {key: _plain(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -83,7 +83,7 @@ def save_checkpoint(
             _previous(path).unlink(missing_ok=True)
             try:
                 os.link(path, _previous(path))
-            except OSError:  # the file system knows no second name for a file
+            except OSError:  # the file system has no hard links
                 shutil.copyfile(path, _previous(path))
 
     try:
@@ -98,7 +98,7 @@ def save_checkpoint(
 def read_checkpoint(
     path: Path,  # from `save_checkpoint`
 ) -> dict:  # "key" and the items of `training_state`
-    "The state in a checkpoint, if it is intact."
+    "The state in a checkpoint; a damaged file raises `ValueError`."
     data = Path(path).read_bytes()
     digest, content = data[:32], data[32:]
     if sha256(content).digest() != digest:
@@ -109,7 +109,7 @@ def read_checkpoint(
 def describe_position(
     state: dict,  # from `read_checkpoint`
 ) -> str:  # such as "after epoch 2"
-    "Where a checkpoint stands."
+    "The position of a checkpoint in the training, in words."
     if not state["batch"]:
         return f"after epoch {state['epoch']}"
     if state["batch"] == state["steps"]:
@@ -118,7 +118,7 @@ def describe_position(
 
 # %% ../../nbs/60_training/07_checkpoint.ipynb #4e081f80
 def _newest_intact(path: Path) -> dict:
-    "The state in the checkpoint, or in the previous one if it is damaged."
+    "The state in the checkpoint at `path`, or in the previous one if that file is damaged."
     try:
         return read_checkpoint(path)
     except ValueError:
@@ -151,7 +151,7 @@ def resume(
     device = getattr(learn.dls, "device", None) or default_device()
     for part in (learn.model, learn.loss_func):
         if isinstance(part, nn.Module):
-            part.to(device)  # before the optimiser loads its moments, which go to the device of the parameters
+            part.to(device)  # first, because the optimiser loads its moments onto the device of the parameters
     learn.create_opt()
     learn.opt.load_state_dict(state["opt"])
     learn.retrieval_metrics.history = state["history"]
@@ -166,9 +166,8 @@ SIGTERM_STATUS = 128 + signal.SIGTERM  # 143
 class Checkpoint(Callback):
     "Save checkpoints within and after every epoch and at SIGTERM, and the weights of the best epoch."
 
-    order = (
-        58  # after `RetrievalMetrics` (51), whose history is saved, before callbacks that may stop the training (60)
-    )
+    # after `RetrievalMetrics` (51), whose history is saved, and before callbacks that may stop the training (60)
+    order = 58
 
     def __init__(
         self,
@@ -194,9 +193,8 @@ class Checkpoint(Callback):
         try:
             yield
         except (RuntimeError, ConnectionError):
-            if (
-                self.must_stop
-            ):  # workers of the loader or other processes received SIGTERM too, so there is no next batch
+            # SIGTERM has also ended workers of the loader or other processes, so the next step failed
+            if self.must_stop:
                 self.stop()
             raise
         finally:
@@ -211,7 +209,7 @@ class Checkpoint(Callback):
             signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def stop(self):
-        "Exit."
+        "Say how to continue, and exit."
         print("stopped by SIGTERM: `resume` continues from the last checkpoint", flush=True)
         raise SystemExit(SIGTERM_STATUS)
 
@@ -219,14 +217,14 @@ class Checkpoint(Callback):
         self,
         batch: int = 0,  # steps in this epoch; 0: the epoch is finished and evaluated
     ):
-        "Save a checkpoint, unless another process does."
+        "Check the weights; then the first process saves a checkpoint."
         self.learn.check_finite.check_weights()
         if not rank_distrib():
             save_checkpoint(self.learn, self.path, self.key, batch)
         self.saved_at = perf_counter()
 
     def is_training(self) -> bool:
-        "Whether this is neither `validate` nor `lr_find`."
+        "Whether the network is being trained: not in an evaluation, nor in `validate` or `lr_find`."
         return self.learn.training and self.learn.retrieval_metrics.has_trained
 
 # %% ../../nbs/60_training/07_checkpoint.ipynb #de2e1f0f
@@ -265,5 +263,5 @@ def after_epoch(self: Checkpoint):
 
 @patch
 def after_cancel_fit(self: Checkpoint):
-    if self.saved_epoch == self.epoch:  # stopped between two epochs
-        self.after_epoch()  # with the metrics of the last epoch, which were computed after the stop
+    if self.saved_epoch == self.epoch:  # a callback has stopped the training after the checkpoint of this epoch
+        self.after_epoch()  # again, because `RetrievalMetrics` may have evaluated the epoch after the stop

@@ -58,8 +58,8 @@ class DMLLearner(JointLearner):
     def all_batches(self):
         start = self.dls.train.position.start if self.training else 0
         self.n_iter = start + len(self.dl)
-        if hasattr(self.dl, "total"):  # the progress bar around the loader
-            self.dl.total = self.n_iter
+        if bar := getattr(getattr(self, "progress", None), "pbar", None):
+            bar.total = self.n_iter
         for i, batch in enumerate(self.dl, start):
             self.one_batch(i, batch)
 
@@ -103,7 +103,7 @@ def check_training(
     self: DMLLearner,
     epochs: int,  # in all
 ):
-    "Raise an error or warn if a training of this length cannot do what is set."
+    "Raise an error or warn if the training is too short for its settings."
     steps = len(self.dls.train)
     check_starts(self.loss_func, epochs, steps)
     if epochs * steps < FEW_STEPS:
@@ -141,7 +141,7 @@ def fit(
         Learner.fit(self, n_epoch, lr, wd, cbs, reset_opt)
     except KeyboardInterrupt:
         epoch = getattr(self, "epoch", self.first_epoch)  # the first epoch may not have begun
-        print(f"interrupted in epoch {epoch} of 0 to {n_epoch - 1}: `resume` continues from the last checkpoint")
+        print(f"interrupted in epoch {epoch} (epochs 0 to {n_epoch - 1}): `resume` continues from the last checkpoint")
         raise
     except torch.OutOfMemoryError as e:
         raise torch.OutOfMemoryError(
@@ -158,7 +158,7 @@ def lr_find(
     self: DMLLearner,
     **kwargs,  # of fastai's method
 ):
-    "Suggest one learning rate for all groups; network and loss stay as they are."
+    "Suggest one learning rate for all groups, without changing network and loss."
     kwargs.setdefault("stop_div", not hasattr(self.loss_func, "remember"))  # a loss rises while its memory fills
     first_epoch, resumed, self.first_epoch = self.first_epoch, self.resumed, 0
     try:
@@ -171,9 +171,9 @@ def lr_find(
 @patch
 def freeze_to(
     self: DMLLearner,
-    n: int,  # number of groups that are fixed, in the order of `rates`
+    n: int,  # number of groups that are frozen, in the order of `rates`
 ):
-    "Fix the first groups of parameters and train the others."
+    "Freeze the first groups of parameters and train the others."
     self.freeze_backbone.thaw()
     self.freeze_backbone.epochs = 0
     Learner.freeze_to(self, n)
@@ -217,7 +217,7 @@ def lr_factor(
     "The learning-rate schedule as a function."
 
     def step(t):
-        epoch = t * epochs + 1e-6  # the fraction is rounded; the first batch of an epoch must not fall below it
+        epoch = t * epochs + 1e-6  # rounding of t must not put the first batch into the epoch before
         if isinstance(step_epochs, (list, tuple)):
             return gamma ** sum(epoch >= drop for drop in step_epochs)
         return gamma ** int(epoch / step_epochs)
