@@ -730,3 +730,17 @@ def test_missing_data_name_the_command_that_checks_them(shell, tmp_path, monkeyp
     monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
     output = shell("run", "CP + PA", "--dataset", "cub", "--backbone", "small_cnn", status=1)
     assert "unpack CUB_200_2011.tgz" in output and "dml_nb data cub" in output
+
+
+def test_a_batch_ends_at_sigterm_though_its_run_could_finish(tmp_path, monkeypatch, glyph_folder):
+    def signalled_at_the_end(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return []
+
+    monkeypatch.setattr(job_module, "run_notebook", signalled_at_the_end)
+    before, said = signal.getsignal(signal.SIGTERM), []
+    (job,) = batch.plan_jobs(find_rows("CP + PA K=3")[:1], [0], str(glyph_folder), **SMALL)
+    with pytest.raises(SystemExit) as stopped:
+        job_module.run_job(job, tmp_path, say=said.append)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert "stopped by SIGTERM" in said[-1] and not list(tmp_path.glob("**/failed.json"))

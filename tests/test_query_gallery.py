@@ -124,3 +124,21 @@ def test_a_gallery_without_queries_is_refused(own_csv):
     own_csv.write_text(own_csv.read_text(encoding="utf-8").replace("query", "gallery"), encoding="utf-8")
     with pytest.raises(ValueError, match="own has a gallery of 72 test images but no query"):
         load_dataset(own_csv)
+
+
+def test_few_training_images_on_fixed_features_keep_the_test_split(glyph_folder, tmp_path, pixel_features):
+    settings = settings_for(row_of(ROW), str(glyph_folder), "efficientnet_lite0", "frozen", **TINY, shots=3)
+    run = Run(ROW, settings, 0, tmp_path / "run")
+    learn = run.learner()
+    data = load_dataset(glyph_folder)
+    assert learn.dls.train_labels.bincount().tolist() == [3] * len(data.train.classes)
+    assert run.data.test.paths == data.test.paths
+    torch.testing.assert_close(learn.dls.test_plain.x, pixel_features("", data.test, ""))
+
+
+def test_a_fold_of_images_in_memory_trains_on_fixed_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "cached_features", lambda backbone, images, pool: torch.randn(len(images), 4))
+    settings = settings_for(row_of(ROW), "glyphs", "efficientnet_lite0", "frozen", **TINY, fold=1)
+    run = Run(ROW, settings, 0, tmp_path / "run")
+    learn = run.learner()
+    assert len(learn.dls.test_labels) == len(run.data.test) < len(learn.dls.train_labels)

@@ -218,6 +218,47 @@ def test_launch_shows_the_error_of_the_process_that_fails():
         launch(fail_in_one)
 
 
+def batch_sizes_after_an_error():
+    "The sizes that a loss sees, after another training has failed in these processes."
+
+    def fail(embeddings, labels):
+        raise FloatingPointError("a fault of the loss")
+
+    sizes = []
+
+    def watch(embeddings, labels):
+        sizes.append(len(embeddings))
+        return embeddings.square().sum()
+
+    for loss in (fail, watch):
+        with suppress(FloatingPointError):
+            dml_learner(loaders(None), nn.Linear(F, D), loss, warm_epochs=0).fit(1)
+    return sizes
+
+
+def test_after_an_error_the_next_training_sees_whole_batches():
+    alone, together = batch_sizes_after_an_error(), launch(batch_sizes_after_an_error)
+    assert alone == together and alone
+
+
+def test_launch_of_one_process_is_a_call():
+    assert launch(sum, [1, 2], processes=1) == 3
+
+
+def test_a_process_that_cannot_begin_is_noticed_at_once():
+    started = perf_counter()
+    with pytest.raises(Exception), helpers(Unreadable(), processes=2):
+        pass
+    assert perf_counter() - started < 60
+
+
+class Unreadable:
+    "A function that no other process can read."
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
 SCRIPT = """
 import torch
 from test_several_processes import train

@@ -84,3 +84,9 @@ def test_the_settings_of_a_run_choose_the_split():
         apply_split(data, fold=4)
     with pytest.raises(ValueError, match="choose one of them"):
         apply_split(data, holdout=0, fold=0)
+
+
+def test_every_fold_has_two_classes_to_confuse():
+    with pytest.raises(ValueError, match="4 folds need at least 8 training classes"):
+        class_folds(uneven(), 4)
+    assert all(len(fold.test.classes) == 3 for fold in class_folds(uneven(), 2))

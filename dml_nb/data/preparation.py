@@ -162,7 +162,10 @@ def _compare_or_write(manifest: dict, folder: Path, may_write: bool) -> str:
     "The file of the manifest, empty if there is none; `ValueError` if the folder was prepared with another content."
     file = folder / "manifest.json"
     if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            stored = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{file} is damaged: delete it, then it is written again.") from None
         if changed := [key for key in manifest if stored.get(key) != manifest[key]]:
             raise ValueError(
                 f"{folder} is not as it was prepared: {', '.join(changed)} changed from "

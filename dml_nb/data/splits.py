@@ -6,8 +6,6 @@
 __all__ = ['HELD_OUT', 'class_folds', 'few_shot', 'apply_split']
 
 # %% ../../nbs/20_data/14_splits.ipynb #99f14017
-import copy
-
 import numpy as np
 import torch
 
@@ -24,8 +22,11 @@ def class_folds(
 ) -> list[RetrievalData]:  # one fold for each part; the part is its test split
     "Divide the training classes for cross-validation."
     C = len(data.train.classes)
-    if not 2 <= folds <= C:
-        raise ValueError(f"{C} training classes cannot be divided into {folds} parts: choose folds from 2 to {C}.")
+    if not 2 <= folds <= C // 2:
+        raise ValueError(
+            f"{folds} folds need at least {2 * folds} training classes, two in each, but there are {C}: "
+            "hold some classes out instead (holdout)."
+        )
     parts = [np.sort(part) for part in np.array_split(np.random.default_rng(seed).permutation(C), folds)]
     return [_fold(data, parts, number, seed) for number in range(folds)]
 
@@ -42,13 +43,9 @@ def _fold(data, parts, number, seed):
 # %% ../../nbs/20_data/14_splits.ipynb #bf62a706
 def _rows(images: ImageSet, keep: np.ndarray, name: str) -> ImageSet:
     "The images of a set at the positions `keep`; the classes stay the same."
-    other = copy.copy(images)
-    other.name, other.labels = name, images.labels[keep]
-    other.is_query = None if images.is_query is None else images.is_query[keep]
-    if images.paths is None:
-        other.array = images.array[keep]
-    else:
-        other.paths = [images.paths[i] for i in keep]
+    files = dict(array=images.array[keep]) if images.paths is None else dict(paths=[images.paths[i] for i in keep])
+    other = ImageSet(name, images.labels[keep], images.classes, **files)
+    other.transform, other.is_query = images.transform, None if images.is_query is None else images.is_query[keep]
     return other
 
 

@@ -232,19 +232,21 @@ def run_job(
             try:
                 prepare_folder(folder, row, job.settings, job.seed, job.asked, job.checksum)
                 _say_where_it_resumes(job, folder / "checkpoint.pt", say)
-                for text in run_notebook(job, row, folder):
+                warnings = [] if stopped else run_notebook(job, row, folder)
+                for text in warnings:
                     say(f"warning: {text}")
-                return folder
+                if not stopped:
+                    return folder
             except Exception as e:
-                if stopped:
-                    from dml_nb.training.checkpoint import SIGTERM_STATUS  # imports fastai
-
-                    say("stopped by SIGTERM; the same command resumes it from its last checkpoint")
-                    raise SystemExit(SIGTERM_STATUS) from e
-                if not isinstance(e, DeadKernelError):
+                if not stopped and not isinstance(e, DeadKernelError):
                     raise record_failure(job, row, folder, e) from e
-                if not left:
+                if not stopped and not left:
                     why = f"the process of the notebook was killed {retries + 1} times, perhaps for lack of memory"
                     raise record_failure(job, row, folder, DeadKernelError(why)) from e
             finally:
                 (folder / "run.tmp.ipynb").unlink(missing_ok=True)
+            if stopped:
+                from dml_nb.training.checkpoint import SIGTERM_STATUS  # imports fastai
+
+                say("stopped by SIGTERM; the same command continues from the last checkpoint")
+                raise SystemExit(SIGTERM_STATUS)

@@ -188,6 +188,8 @@ def check_settings(
         raise ValueError(f"label noise and the split {splits[0]} cannot be combined: leave out one of them.")
     if {"holdout", "fold"} <= {*splits}:
         raise ValueError("holdout and fold both divide the training classes: leave out one of them.")
+    if settings.get("split_seed") is not None and not {"fold", "shots"} & {*splits}:
+        raise ValueError("split_seed belongs to fold or shots, and neither is set: leave it out.")
     if settings.get("image_size") and settings["regime"] == "frozen":
         raise ValueError("image_size needs the regime finetune: features are stored for the size of the backbone.")
     batch, per_class = settings["batch_size"], settings.get("per_class")

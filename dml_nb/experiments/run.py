@@ -127,12 +127,15 @@ def _cached(self: Run, images: ImageSet) -> Tensor:  # (N, C) features
 @patch
 def _features(self: Run) -> list[Tensor]:  # (N, C) of the training images and (M, C) of the test images
     started, parts = perf_counter(), (self.data.train, self.data.test)
-    if all(self.settings.get(name) is None for name in ("holdout", "fold", "shots")):
+    if parts[0].paths is None or all(self.settings.get(name) is None for name in ("holdout", "fold", "shots")):
         features = [self._cached(part) for part in parts]
     else:
-        whole = load_dataset(self.settings["dataset"], on_corrupt=self.settings.get("on_corrupt", "stop")).train
-        index, all_features = {path: i for i, path in enumerate(whole.paths)}, self._cached(whole)
-        features = [all_features[[index[path] for path in part.paths]] for part in parts]
+        whole = load_dataset(self.settings["dataset"], on_corrupt=self.settings.get("on_corrupt", "stop"))
+        own_test = self.settings["holdout"] is None and self.settings.get("fold") is None  # only `shots` is set
+        feature_of = {}
+        for part in (whole.train, whole.test) if own_test else (whole.train,):
+            feature_of |= zip(part.paths, self._cached(part))
+        features = [torch.stack([feature_of[path] for path in part.paths]) for part in parts]
     self.seconds["features"] = perf_counter() - started
     return features
 
@@ -153,7 +156,8 @@ def _finetune(self: Run) -> tuple[nn.Module, object]:  # model, loaders
     parts = s["backbone"], s["embedding_size"], s["pool"], pretrained, s["layer_norm"], s["frozen_bn"]
     model = create_embedder(*parts, image_size=s.get("image_size"))
     model.to(memory_format=torch.channels_last)
-    workers = usable_cpus()
+    processes = 1 if process_rank() else int(os.environ.get("DML_NB_PROCESSES", 1))  # the others divide by themselves
+    workers = max(1, usable_cpus() // processes)
     return model, image_dls(
         self.data, model.spec, s["batch_size"], self.seed, s["train_crop"], workers, s.get("per_class")
     )

@@ -145,6 +145,11 @@ def resume(
         raise ValueError(
             f"the checkpoint {path} belongs to the run {found}, not to {key}: delete it or choose another folder."
         )
+    if state["batch"] and state["steps"] != (steps := len(learn.dls.train.sampler)):
+        raise ValueError(
+            f"the checkpoint {path} stands in an epoch of {state['steps']} steps, but an epoch has {steps} now: "
+            "use the same images and batch_size, or delete it to start again."
+        )
     learn.model.load_state_dict(state["model"])
     if isinstance(learn.loss_func, nn.Module):
         learn.loss_func.load_state_dict(state["loss"])
@@ -185,7 +190,7 @@ class Checkpoint(Callback):
     @contextmanager
     def during_fit(self):
         "React to SIGTERM; Python allows this in the main thread only."
-        self.must_stop, self.saved_at = False, perf_counter()
+        self.must_stop, self.saved_at, self.steps_done = False, perf_counter(), None
         if current_thread() is not main_thread():
             yield
             return
@@ -195,6 +200,8 @@ class Checkpoint(Callback):
         except (RuntimeError, ConnectionError):
             # SIGTERM has also ended workers of the loader or other processes, so the next step failed
             if self.must_stop:
+                if self.is_training() and self.steps_done:
+                    self.save_between_updates(self.steps_done)
                 self.stop()
             raise
         finally:
@@ -210,7 +217,8 @@ class Checkpoint(Callback):
 
     def stop(self):
         "Say how to continue, and exit."
-        print("stopped by SIGTERM: `resume` continues from the last checkpoint", flush=True)
+        what = "`resume` continues from the last checkpoint" if self.path.exists() else "there is no checkpoint yet"
+        print(f"stopped by SIGTERM: {what}", flush=True)
         raise SystemExit(SIGTERM_STATUS)
 
     def save(
@@ -229,14 +237,30 @@ class Checkpoint(Callback):
 
 # %% ../../nbs/60_training/07_checkpoint.ipynb #de2e1f0f
 @patch
+def save_between_updates(
+    self: Checkpoint,
+    batch: int,  # steps in this epoch
+) -> bool:  # False while gradients are accumulated, which a checkpoint does not hold
+    "Save a checkpoint unless gradients wait for the next update."
+    gradients = [parameter.grad for parameter, *_ in self.opt.all_params()]
+    is_updated = all(gradient is None or not gradient.any() for gradient in gradients)
+    if is_updated:
+        self.save(batch)
+    return is_updated
+
+
+@patch
+def before_batch(self: Checkpoint):
+    self.steps_done = None
+
+
+@patch
 def after_batch(self: Checkpoint):
+    self.steps_done = self.iter + 1
     if not self.is_training() or not (self.must_stop or perf_counter() - self.saved_at >= 60 * self.minutes):
         return
-    gradients = [parameter.grad for parameter, *_ in self.opt.all_params()]
-    if all(gradient is None or not gradient.any() for gradient in gradients):
-        self.save(self.iter + 1)
-        if self.must_stop:
-            self.stop()
+    if self.save_between_updates(self.iter + 1) and self.must_stop:
+        self.stop()
 
 
 @patch

@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset
 
-from ..core.distributed import gather_by_id, world_size
+from ..core.distributed import gather_by_id, lost_process, process_rank, world_size
 from ..data.loaders import TensorSet, eval_loader
 from ..losses.proxy_deviation import deviation
 from ..models.features import embed
@@ -261,7 +261,7 @@ def compute_metrics(self: RetrievalMetrics) -> dict[str, float]:  # the same in 
     if "deviation" in self.metric_names:
         network = getattr(self.model, "module", self.model)  # without the wrapper of DistributedDataParallel
         train_embeddings = embed_distributed(network, self.dls.train_plain, self.dls.workers)
-    if world_size() == 1 or dist.get_rank() == 0:
+    if not process_rank():
         show_progress = hasattr(self.learn, "progress")
         metrics = evaluate(
             *split_by_role(self.embeddings, self.test_labels, getattr(self.dls, "test_queries", None)),
@@ -276,7 +276,8 @@ def compute_metrics(self: RetrievalMetrics) -> dict[str, float]:  # the same in 
             metrics |= dict(deviation=gap["center"], deviation_pairwise=gap["pairwise"])
     if world_size() > 1:
         box = [metrics]
-        dist.broadcast_object_list(box)
+        with lost_process():
+            dist.broadcast_object_list(box)
         (metrics,) = box
     return metrics
 

@@ -7,6 +7,7 @@ __all__ = ['embed_in_parts', 'GradientCache']
 
 # %% ../../nbs/60_training/08_gradient_cache.ipynb #26383dac
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -51,5 +52,10 @@ class GradientCache(Callback):
         network = get_model(self.model)  # without a wrapper for several GPUs
         network.forward = partial(_in_parts, network, partial(type(network).forward, network), part=self.part)
 
-    def after_fit(self):
-        vars(get_model(self.model)).pop("forward", None)
+    @contextmanager
+    def during_fit(self):
+        "Give the network its own `forward` back, also after an error."
+        try:
+            yield
+        finally:
+            vars(get_model(self.model)).pop("forward", None)

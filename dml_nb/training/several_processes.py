@@ -84,7 +84,8 @@ def _run_as(rank, function, args, environment, folder):
     value = function(*args)
     if rank == 0:
         Path(folder, "value").write_bytes(pickle.dumps(value))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def launch(
@@ -98,6 +99,8 @@ def launch(
             "this notebook already uses the GPU, which other processes cannot inherit: "
             "restart its kernel, and call launch before anything is on the GPU."
         )
+    if processes == 1:
+        return function(*args)
     check_gpus(processes)
     with TemporaryDirectory() as folder:
         args = function, args, _free_address(processes), folder
@@ -110,7 +113,7 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _help(number, function, args, environment, threads, start_method):
+def _help(number, function, args, environment, threads, start_method, ready):
     mp.set_start_method(
         start_method, force=True
     )  # for the workers of the loaders; with `spawn`, each would import torch
@@ -119,9 +122,11 @@ def _help(number, function, args, environment, threads, start_method):
     rank = str(number + 1)
     os.environ.update(environment, RANK=rank, LOCAL_RANK=rank)
     torch.set_num_threads(threads)
+    ready.release()
     join_processes()
     function(*args)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -135,16 +140,19 @@ def helpers(
         yield
         return
     check_gpus(processes)
-    environment = _free_address(processes)
+    environment, ready = _free_address(processes), mp.get_context("spawn").Semaphore(0)
     others = mp.start_processes(
         _help,
-        (function, args, environment, torch.get_num_threads(), mp.get_start_method()),
+        (function, args, environment, max(1, torch.get_num_threads() // processes), mp.get_start_method(), ready),
         processes - 1,
         join=False,
         start_method="spawn",
     )
     with modified_env(**environment, RANK="0", LOCAL_RANK="0"):
         try:
+            for _ in others.processes:
+                while not ready.acquire(timeout=0.5):
+                    others.join(0)  # raises the error of a process that has failed
             join_processes()
             yield
             while not others.join():  # raises the error of a process that has failed
@@ -283,7 +291,12 @@ class SeveralProcesses(Callback):
     def after_batch(self):
         self.stack.close()
 
-    def after_fit(self):
-        self.stack.close()
-        self.dls.loaders[0] = self.dls.train.whole
-        self.learn.logger = print
+    @contextmanager
+    def during_fit(self):
+        "Undo the changes at the end, also after an error."
+        try:
+            yield
+        finally:
+            self.stack.close()
+            if isinstance(self.dls.train, RankLoader):
+                self.dls.loaders[0], self.learn.logger = self.dls.train.whole, print
