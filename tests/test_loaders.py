@@ -148,7 +148,7 @@ def test_ctrl_c_is_left_to_the_training_process():
         [sys.executable, "-c", CTRL_C],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

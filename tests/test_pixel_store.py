@@ -107,7 +107,7 @@ def command(photos, *args):
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_store_that_was_killed_continues(photos, monkeypatch):
     folder = pixel_store._store_folder(photos.train, None)
-    process = subprocess.Popen(command(photos, "slowly"), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(photos, "slowly"), stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout.readline() == "begins\n"
     while not (folder / "index").exists() or (folder / "index").stat().st_size < 3 * pixel_store.INDEX.itemsize:
         assert process.poll() is None
@@ -126,7 +126,10 @@ def test_a_store_that_was_killed_continues(photos, monkeypatch):
 
 
 def test_two_processes_make_one_store(photos):
-    both = [subprocess.Popen(command(photos), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    both = [
+        subprocess.Popen(command(photos), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        for _ in "ab"
+    ]
     answers = [process.communicate(timeout=300) for process in both]
     assert answers[0][0] == answers[1][0] != "", answers
     folder = store_pixels(photos.train)

@@ -192,7 +192,7 @@ def train_until_the_other_dies(rank, folder):
     try:
         train("multi_similarity", cbs=[Die()])
     except Exception as e:
-        (folder / "error").write_text(f"{type(e).__name__} {e}")
+        (folder / "error").write_text(f"{type(e).__name__} {e}", encoding="utf-8")
 
 
 PORT = 20000 + os.getpid() % 20000
@@ -204,7 +204,7 @@ def test_if_a_process_dies_the_other_stops_with_a_sentence(tmp_path):
     for process in context.processes:
         process.join(60)
     assert perf_counter() - started < 60 and context.processes[1].exitcode == -signal.SIGKILL
-    assert "another of the 2 processes has ended or does not answer" in (tmp_path / "error").read_text()
+    assert "another of the 2 processes has ended or does not answer" in (tmp_path / "error").read_text(encoding="utf-8")
 
 
 def fail_in_one():
@@ -247,7 +247,7 @@ def test_launch_of_one_process_is_a_call():
 
 def test_a_process_that_cannot_begin_is_noticed_at_once():
     started = perf_counter()
-    with pytest.raises(Exception), helpers(Unreadable(), processes=2):
+    with pytest.raises(mp.ProcessExitedException), helpers(Unreadable(), processes=2):
         pass
     assert perf_counter() - started < 60
 
@@ -271,7 +271,7 @@ if process_rank() == 0:
 
 
 def test_a_script_under_torchrun(tmp_path, one_and_two):
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(SCRIPT, encoding="utf-8")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = os.environ | dict(PYTHONPATH=os.path.dirname(__file__), OMP_NUM_THREADS="1")
     done = subprocess.run([*command, "train.py"], cwd=tmp_path, env=environment, capture_output=True, timeout=300)

@@ -22,7 +22,9 @@ def class_folds(
 ) -> list[RetrievalData]:  # one fold for each part; the part is its test split
     "Divide the training classes for cross-validation."
     C = len(data.train.classes)
-    if not 2 <= folds <= C // 2:
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}.")
+    if C < 2 * folds:
         raise ValueError(
             f"{folds} folds need at least {2 * folds} training classes, two in each, but there are {C}: "
             "hold some classes out instead (holdout)."

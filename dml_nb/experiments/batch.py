@@ -8,6 +8,7 @@ __all__ = ['check_batches', 'plan_jobs', 'FinishedRow', 'finished_rows', 'execut
 # %% ../../nbs/70_experiments/08_batch.ipynb #06d0aa89
 import errno
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -301,9 +302,13 @@ def run_rows(
     cluster=None,  # a `Cluster` of *Ray cluster*; None: one job after the other in this process
     retries: int = 1,  # number of times a run is repeated if its process is killed
     measure: bool = False,  # time a few batches where no earlier run tells the time
+    processes: int = 1,  # that train one row together on this machine, one per GPU
     **overrides,  # any setting or parameter of the loss, given by hand
 ) -> tuple[list[Path], list[RunFailed]]:  # folders of finished runs, failures
     "Run rows with seeds."
+    if processes > 1 and cluster:
+        raise ValueError("several processes train one row on this machine, and a cluster several rows: choose one.")
+    os.environ["DML_NB_PROCESSES"] = str(processes)
     started, out = perf_counter(), Path(out)
     if cluster is not None:
         cluster.check()

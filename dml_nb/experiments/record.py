@@ -5,18 +5,24 @@
 # %% auto #0
 __all__ = ['SPACE_METRICS', 'COLLAPSED', 'RESULT', 'PENDING', 'NO_COMMIT', 'ANY', 'REQUEST_SCHEMA', 'RESULT_SCHEMA', 'WORDS',
            'epoch_metrics', 'best_line', 'DamagedResult', 'record_problems', 'read_result', 'read_history',
-           'has_history']
+           'has_history', 'environment', 'peak_memory_mb', 'peak_device_memory_mb']
 
 # %% ../../nbs/70_experiments/03_record.ipynb #a85a8974
 import json
+import os
+import platform
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import get_args
 
 import pandas as pd
+import torch
 from packaging.version import InvalidVersion, Version
 
+import dml_nb
 from .recipes import check_setting_types
 from .tables import loss_names
 
@@ -195,3 +201,50 @@ def has_history(
     except ValueError:
         return False
     return True
+
+# %% ../../nbs/70_experiments/03_record.ipynb #662f9d27
+def _git(*args: str) -> str:
+    "The output of git in the folder of the package, without the variables by which git hooks name a repository."
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    }
+    options = dict(cwd=Path(dml_nb.__file__).parent, env=env, capture_output=True, check=True)
+    return subprocess.run(["git", *args], **options).stdout.decode("utf-8", "replace").strip()
+
+
+def _git_commit() -> str:
+    try:
+        _git("ls-files", "--error-unmatch", "__init__.py")  # fails unless git tracks the package
+        if _git("rev-parse", "--show-prefix") == "dml_nb/":  # the package lies directly in the repository
+            return _git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return NO_COMMIT
+
+
+def environment() -> dict[str, str]:  # versions, hardware, git commit
+    "The conditions of a measurement besides its settings."
+    packages = {name: version(name) for name in ("dml_nb", "torch", "torchvision", "fastai", "numpy")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return packages | dict(
+        python=platform.python_version(),
+        system=platform.system(),
+        device=gpu or f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        commit=_git_commit(),
+        processes=os.environ.get("DML_NB_PROCESSES", "1"),
+    )
+
+
+def peak_memory_mb() -> int | None:  # in MiB; None: Windows does not tell
+    "The largest amount of main memory that this process has held."
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def peak_device_memory_mb() -> int | None:  # in MiB; None: no GPU
+    "The largest amount of GPU memory that this process has held."
+    return round(torch.cuda.max_memory_reserved() / 2**20) if torch.cuda.is_available() else None

@@ -16,8 +16,8 @@ import torch
 from fastai.torch_core import default_device
 
 from ..data.loaders import set_epoch
-from .record import read_result
-from .run import Run, environment
+from .record import environment, read_result
+from .run import Run
 from .run_store import find_finished
 
 # %% ../../nbs/70_experiments/07_time_estimate.ipynb #b7cfaa5f

@@ -190,9 +190,7 @@ def run(
     num_cpus: Cpus = None,
     num_gpus: Gpus = None,
     memory: Memory = None,
-    processes: Annotated[
-        int, typer.Option(help="Processes that train one row together on this machine, one per GPU.", min=1)
-    ] = 1,
+    processes: Annotated[int, typer.Option(help="Processes that train one row together, one per GPU.", min=1)] = 1,
     retries: Annotated[
         int, typer.Option(help="Number of times a run is repeated if its process is killed.", min=0)
     ] = 1,
@@ -202,19 +200,14 @@ def run(
     "Run rows as notebooks. Finished runs are skipped, interrupted runs are resumed."
     from dml_nb.experiments.batch import run_rows
     from dml_nb.experiments.tables import find_rows
+    from dml_nb.training.several_processes import first_process_only
 
-    if {"RANK", "WORLD_SIZE"} <= {*os.environ}:
-        from dml_nb.training.several_processes import first_process_only
-
-        processes = max(processes, first_process_only())
-    if processes > 1 and cluster:
-        raise ValueError("--processes trains one row on this machine, --cluster several rows: choose one of them.")
-    os.environ["DML_NB_PROCESSES"] = str(processes)
+    processes = max(processes, first_process_only())
     chosen = list(dict.fromkeys(row for name in what for row in find_rows(name, dataset)))
     ray = _create_cluster(cluster, num_cpus=num_cpus, num_gpus=num_gpus, memory=memory)
     overrides = parse_settings(settings) | ({"on_corrupt": "skip"} if skip_corrupt else {})
     done, failed = run_rows(
-        chosen, parse_seeds(seeds), out, dataset, backbone, regime, ray, retries, measure, **overrides
+        chosen, parse_seeds(seeds), out, dataset, backbone, regime, ray, retries, measure, processes, **overrides
     )
     notebooks = [folder / "run.ipynb" for folder in done if (folder / "run.ipynb").exists()]
     typer.echo("\n  ".join(["Notebooks:", *map(str, notebooks)]) if notebooks else "No run has finished.")
