@@ -20,14 +20,8 @@ from packaging.version import Version
 from ..core.checks import unknown
 from ..data.image_sets import several_data
 from .recipes import SPLITS, computed_settings, flat_settings, settings_for
-from dml_nb.experiments.run_store import (
-    SPACE_METRICS,
-    best_line,
-    epoch_metrics,
-    read_history,
-    read_result,
-    untrained_file,
-)
+from .record import SPACE_METRICS, best_line, epoch_metrics, read_history, read_result
+from .run_store import untrained_file
 from .tables import find_table, load_recipes, row_of, stored_loss_defaults
 
 # %% ../../nbs/70_experiments/12_results.ipynb #8a83b027
