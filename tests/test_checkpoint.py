@@ -243,7 +243,7 @@ folder, epochs = Path(sys.argv[1]), 20
 
 class Slow(Callback):
     def after_batch(self):
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 def train(name, cbs=()):

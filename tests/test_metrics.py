@@ -763,7 +763,7 @@ def short_run(rank=0):
     y = torch.arange(101) // 5
     x = torch.randn(21, 16)[y] + torch.randn(101, 16)
     learn = dml_learner(
-        feature_dls(x, y, x, y, batch_size=25),
+        feature_dls(x, y, x, y, batch_size=24),
         EmbeddingHead(16, 8),
         create_loss("proxy_anchor", 21, 8),
         lr=1e-3,

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 
-from dml_nb.experiments import notebook_job, run
+from dml_nb.experiments import notebook_job, record
 
 
 def git(folder, *args):
@@ -32,20 +32,20 @@ def package_in(folder: Path, monkeypatch):
     "As if dml_nb were installed in this folder."
     (folder / "dml_nb").mkdir(parents=True)
     (folder / "dml_nb" / "__init__.py").touch()
-    monkeypatch.setattr(run.dml_nb, "__file__", str(folder / "dml_nb" / "__init__.py"))
+    monkeypatch.setattr(record.dml_nb, "__file__", str(folder / "dml_nb" / "__init__.py"))
 
 
 @pytest.mark.parametrize("place", [".venv/lib/python3.11/site-packages", ".", "libs"])
 def test_an_installed_package_does_not_name_the_commit_of_the_project_around_it(project, monkeypatch, place):
     package_in(project / place, monkeypatch)
-    assert run.environment()["commit"] == "not a git checkout"
+    assert record.environment()["commit"] == "not a git checkout"
 
 
 def test_a_copy_that_a_project_keeps_in_a_folder_is_not_a_checkout_of_this_package(project, monkeypatch):
     package_in(project / "libs", monkeypatch)
     git(project, "add", "libs")
     git(project, "commit", "--quiet", "--message", "copied")
-    assert run.environment()["commit"] == "not a git checkout"
+    assert record.environment()["commit"] == "not a git checkout"
 
 
 def test_a_checkout_names_its_own_commit_also_below_another_repository(project, monkeypatch):
@@ -55,28 +55,28 @@ def test_a_checkout_names_its_own_commit_also_below_another_repository(project, 
     git(project / "dml", "commit", "--quiet", "--message", "first")
     head = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(head, cwd=project / "dml", capture_output=True, encoding="utf-8").stdout.strip()
-    assert run.environment()["commit"] == commit[:12]
+    assert record.environment()["commit"] == commit[:12]
     monkeypatch.setenv("GIT_DIR", str(project / ".git"))  # as in a hook of the other repository
-    assert run.environment()["commit"] == commit[:12]
+    assert record.environment()["commit"] == commit[:12]
 
 
 def test_a_machine_without_git_records_that_it_has_none(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert run.environment()["commit"] == "not a git checkout"
+    assert record.environment()["commit"] == "not a git checkout"
 
 
 def test_memory_is_recorded_or_left_open_where_the_system_does_not_tell(monkeypatch):
-    assert run.peak_memory_mb() > 50
+    assert record.peak_memory_mb() > 50
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert run.peak_memory_mb() is None
+    assert record.peak_memory_mb() is None
 
 
 def test_the_gpu_has_a_peak_of_its_own(monkeypatch):
-    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
-    assert run.peak_device_memory_mb() is None
-    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run.torch.cuda, "max_memory_reserved", lambda: 3 * 2**20)
-    assert run.peak_device_memory_mb() == 3
+    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
+    assert record.peak_device_memory_mb() is None
+    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record.torch.cuda, "max_memory_reserved", lambda: 3 * 2**20)
+    assert record.peak_device_memory_mb() == 3
 
 
 def test_a_kernel_of_another_python_is_not_started(tmp_path, monkeypatch):

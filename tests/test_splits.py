@@ -66,7 +66,7 @@ def test_queries_of_a_subset_stay_queries():
 def test_images_with_noisy_labels_are_refused():
     data = uneven()
     noisy = with_noise(data, symmetric_noise(data.train.labels, 0.3, 6))
-    for split in (lambda: few_shot(noisy, 2), lambda: class_folds(noisy)):
+    for split in (lambda: few_shot(noisy, 2), lambda: class_folds(noisy, 2)):
         with pytest.raises(ValueError, match="noisy labels"):
             split()
 
