@@ -542,6 +542,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'dml_nb/experiments/batch.py'),
                                           'dml_nb.experiments.batch._check_weights': ( '70_experiments/batch.html#_check_weights',
                                                                                        'dml_nb/experiments/batch.py'),
+                                          'dml_nb.experiments.batch._compute_features': ( '70_experiments/batch.html#_compute_features',
+                                                                                          'dml_nb/experiments/batch.py'),
                                           'dml_nb.experiments.batch._computed_in': ( '70_experiments/batch.html#_computed_in',
                                                                                      'dml_nb/experiments/batch.py'),
                                           'dml_nb.experiments.batch._counts': ( '70_experiments/batch.html#_counts',

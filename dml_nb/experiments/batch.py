@@ -20,7 +20,7 @@ from warnings import catch_warnings
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..data.datasets import is_here, list_datasets
+from ..data.datasets import is_here, list_datasets, load_dataset
 from ..data.samplers import ClassSampler
 from .notebook_job import Job, RunFailed, is_disk_full, run_job
 from .recipes import check_seed, check_setting_names, settings_for
@@ -39,6 +39,7 @@ from dml_nb.experiments.run_store import (
 from .tables import Row, why_not_runnable
 from .time_estimate import estimate_time
 from ..models import why_no_weights
+from ..models.features import cached_features
 
 # %% ../../nbs/70_experiments/08_batch.ipynb #5ddee265
 def check_batches(
@@ -285,6 +286,14 @@ def _print_untrained(jobs: list[Job], out: Path):
         print(f"before training: {recall} {100 * value:.1f} on {Path(s['dataset']).name}, {s['backbone']}", flush=True)
 
 
+def _compute_features(jobs: list[Job], out: Path):
+    "Compute the features of the training images here, where a progress bar is seen, and not inside a notebook."
+    waiting = [job.settings for job in jobs if job.settings["regime"] == "frozen" and not finished_rows(job, out)]
+    for s in {(s["dataset"], s["backbone"]): s for s in waiting}.values():
+        data = load_dataset(s["dataset"], on_corrupt=s.get("on_corrupt", "stop"))
+        cached_features(s["backbone"], data.train, pool=s["pool"])
+
+
 def _check_weights(jobs: list[Job], out: Path):
     "Raise `ValueError` if the weights of a backbone that still has to be trained cannot be had."
     for backbone in {job.settings["backbone"] for job in jobs if not finished_rows(job, out)}:
@@ -320,6 +329,8 @@ def run_rows(
         _check_weights(jobs, out)
     print(estimate_time(jobs, out, measure), flush=True)
     _print_untrained(jobs, out)
+    if cluster is None:
+        _compute_features(jobs, out)
     events = cluster.run(jobs, out, retries) if cluster else _one_by_one(jobs, out, retries)
     try:
         done, failed = _follow(jobs, events, one_by_one=cluster is None)
