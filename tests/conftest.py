@@ -20,6 +20,26 @@ def glyph_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def draw_photos(tmp_path):
+    "Draw eight classes of three small pictures; the first class may have another number of them."
+    import numpy as np
+    from PIL import Image
+
+    from dml_nb.data.folders import load_folder
+
+    def draw(in_first_class: int = 3):
+        generator = np.random.default_rng(0)
+        for c in range(8):
+            (tmp_path / "photos" / f"c{c}").mkdir(parents=True)
+            for i in range(in_first_class if c == 0 else 3):
+                pixels = generator.integers(0, 255, (40, 44, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / f"c{c}" / f"{i}.png")
+        return load_folder(tmp_path / "photos")
+
+    return draw
+
+
+@pytest.fixture
 def dml_nb(tmp_path):
     "Run the command `dml_nb` in an empty folder with its own cache; check the exit status, return the output."
     command = Path(sys.executable).with_name("dml_nb")

@@ -17,11 +17,9 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientAccumulation
-from PIL import Image
 from torch import nn
 
 import dml_nb.training.checkpoint as checkpoint_module
-from dml_nb.data.folders import load_folder
 from dml_nb.losses import create_loss, list_losses
 from dml_nb.models import create_embedder
 from dml_nb.models.embedder import EmbeddingHead
@@ -55,15 +53,9 @@ def new_learner(loss="cp_proxy_anchor", per_class=None, model=None, **options):
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(draw_photos):
     "Eight classes of three small pictures."
-    draw = np.random.default_rng(0)
-    for c in range(8):
-        (tmp_path / "photos" / f"c{c}").mkdir(parents=True)
-        for i in range(3):
-            pixels = draw.integers(0, 255, (40, 44, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / f"c{c}" / f"{i}.png")
-    return load_folder(tmp_path / "photos")
+    return draw_photos()
 
 
 def photo_learner(photos, workers, **options):
@@ -335,7 +327,8 @@ def test_sigterm_saves_at_the_end_of_the_step_and_exits_with_143(when, tmp_path,
 GROUP = """
 import sys, time
 from pathlib import Path
-from test_checkpoint import At, Checkpoint, load_folder, photo_learner
+from dml_nb.data.folders import load_folder
+from test_checkpoint import At, Checkpoint, photo_learner
 
 def wait():
     print("ready", flush=True)

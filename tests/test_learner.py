@@ -21,7 +21,6 @@ from fastcore.basics import noop
 from PIL import Image
 from torch import nn
 
-from dml_nb.data.folders import load_folder
 from dml_nb.data.loaders import TensorSet, eval_loader, set_epoch, train_loader
 from dml_nb.data.samplers import ClassSampler
 from dml_nb.losses import create_loss
@@ -70,15 +69,9 @@ def new_learner(loss="proxy_anchor", model=None, batch_size=12, folder=None, **o
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(draw_photos):
     "Eight classes of three small pictures; the first class has one."
-    draw = np.random.default_rng(0)
-    for c in range(8):
-        (tmp_path / "photos" / f"c{c}").mkdir(parents=True)
-        for i in range(1 if c == 0 else 3):
-            pixels = draw.integers(0, 255, (40, 44, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / f"c{c}" / f"{i}.png")
-    return load_folder(tmp_path / "photos")
+    return draw_photos(in_first_class=1)
 
 
 def photo_learner(photos, **options):

@@ -30,6 +30,11 @@ def images(photos):
     return photos.train.with_transform(image_transform(SPEC, train=True))
 
 
+def assert_same_images(loader, other):
+    for (x, _), (again, _) in zip(loader, other, strict=True):
+        assert torch.equal(x, again)
+
+
 def samplers(labels):
     proxies = torch.randn(int(labels.max()) + 1, 4, generator=torch.Generator().manual_seed(0))
     return dict(
@@ -66,8 +71,7 @@ def test_a_loader_continues_in_the_middle_of_an_epoch(name, workers, images, tmp
     if name != "hard":  # whose proxies have changed
         for each in (loader, later):
             set_epoch(each, 5)
-        for (x, _), (again, _) in zip(loader, later, strict=True):
-            assert torch.equal(x, again)
+        assert_same_images(loader, later)
 
 
 def test_the_state_counts_batches_given_not_those_prepared_in_advance(images):
@@ -92,8 +96,7 @@ def test_workers_persist_between_epochs_and_see_each_epoch(images):
     for epoch in (0, 1, 5):
         for each in (loader, alone):
             set_epoch(each, epoch)
-        for (x, _), (y, _) in zip(loader, alone, strict=True):
-            assert torch.equal(x, y)
+        assert_same_images(loader, alone)
         processes.append([worker.pid for worker in loader._iterator._workers])
     assert processes[0] == processes[1] == processes[2]
 
@@ -103,8 +106,7 @@ def test_an_epoch_that_is_left_early_does_not_disturb_the_next(images):
     next(iter(loader))
     for each in (loader, alone):
         set_epoch(each, 1)
-    for (x, _), (y, _) in zip(loader, alone, strict=True):
-        assert torch.equal(x, y)
+    assert_same_images(loader, alone)
 
 
 def test_workers_of_a_loader_that_is_no_longer_used_end(images):

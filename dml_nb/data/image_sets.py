@@ -69,6 +69,21 @@ def with_transform(
 
 # %% ../../nbs/20_data/01_image_sets.ipynb #b1000011
 @patch
+def rows(
+    self: ImageSet,
+    keep: np.ndarray,  # (M,) positions of the images
+    labels,  # (M,) their labels in the new set
+    classes: list[str],  # of the new set
+    name: str,  # of the new set
+) -> ImageSet:  # with the same transform; queries stay queries
+    "Some images of a set."
+    images = dict(array=self.array[keep]) if self.paths is None else dict(paths=[self.paths[i] for i in keep])
+    other = ImageSet(name, labels, classes, **images)
+    other.transform, other.is_query = self.transform, None if self.is_query is None else self.is_query[keep]
+    return other
+
+
+@patch
 def subset(
     self: ImageSet,
     class_ids,  # labels of the classes to keep; class_ids[j] becomes label j
@@ -82,10 +97,7 @@ def subset(
     new_label[list(class_ids)] = np.arange(len(class_ids))
     labels = new_label[self.labels]
     keep = np.flatnonzero(labels >= 0)
-    images = dict(array=self.array[keep]) if self.paths is None else dict(paths=[self.paths[i] for i in keep])
-    other = ImageSet(name, labels[keep], [self.classes[c] for c in class_ids], **images)
-    other.transform, other.is_query = self.transform, None if self.is_query is None else self.is_query[keep]
-    return other
+    return self.rows(keep, labels[keep], [self.classes[c] for c in class_ids], name)
 
 # %% ../../nbs/20_data/01_image_sets.ipynb #b1000016
 def composed(

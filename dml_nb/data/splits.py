@@ -9,7 +9,7 @@ __all__ = ['HELD_OUT', 'class_folds', 'few_shot', 'apply_split']
 import numpy as np
 import torch
 
-from .image_sets import ImageSet, RetrievalData
+from .image_sets import RetrievalData
 
 # %% ../../nbs/20_data/14_splits.ipynb #086a0bb0
 HELD_OUT = 0.3  # share of the training classes that `apply_split` holds out
@@ -43,14 +43,6 @@ def _fold(data, parts, number, seed):
     )
 
 # %% ../../nbs/20_data/14_splits.ipynb #bf62a706
-def _rows(images: ImageSet, keep: np.ndarray, name: str) -> ImageSet:
-    "The images of a set at the positions `keep`; the classes stay the same."
-    files = dict(array=images.array[keep]) if images.paths is None else dict(paths=[images.paths[i] for i in keep])
-    other = ImageSet(name, images.labels[keep], images.classes, **files)
-    other.transform, other.is_query = images.transform, None if images.is_query is None else images.is_query[keep]
-    return other
-
-
 def few_shot(
     data: RetrievalData,  # its test split stays as it is
     k: int,  # training images to keep of each class
@@ -67,7 +59,8 @@ def few_shot(
     first = torch.searchsorted(labels, labels)  # for each image, the position at which its class begins
     keep = order[torch.arange(len(order)) - first < k].sort().values.numpy()
     name = f"{k} images per class, seed {seed}"
-    return RetrievalData(f"{data.name} ({name})", _rows(data.train, keep, f"{data.train.name}, {name}"), data.test)
+    few = data.train.rows(keep, data.train.labels[keep], data.train.classes, f"{data.train.name}, {name}")
+    return RetrievalData(f"{data.name} ({name})", few, data.test)
 
 # %% ../../nbs/20_data/14_splits.ipynb #a3e7c008
 def apply_split(

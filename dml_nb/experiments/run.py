@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..core.distributed import process_rank
@@ -45,9 +44,8 @@ from ..models.embedder import EmbeddingHead
 from ..models.features import cached_features, embed
 from ..retrieval.metrics import evaluate
 from ..retrieval.view import plot_retrieval
-from ..training.checkpoint import Checkpoint, resume
+from ..training.checkpoint import Checkpoint, resume, save_weights
 from ..training.evaluation import split_by_role
-from ..training.joint_learner import NetworkAndLoss
 from ..training.learner import DMLLearner, dml_learner, feature_dls, image_dls
 from ..training.several_processes import helpers
 
@@ -225,10 +223,7 @@ def fit(
     history = pd.DataFrame(learn.retrieval_metrics.history)
     self.seconds["fit"] = float(history[["train_seconds", "eval_seconds"]].sum().sum())
     write_atomically(self.folder / "history.csv", lambda p: history.to_csv(p, index=False, float_format="%.6g"))
-    weights = {
-        name: value.contiguous() for name, value in NetworkAndLoss(learn.model, learn.loss_func).state_dict().items()
-    }
-    write_atomically(self.folder / "last.safetensors", lambda p: p.write_bytes(save(weights)))
+    save_weights(learn, self.folder / "last.safetensors")
     return history
 
 # %% ../../nbs/70_experiments/05_run.ipynb #fe5ad069
