@@ -8,7 +8,7 @@ import torch
 
 from dml_nb.data.image_sets import ImageSet, RetrievalData
 from dml_nb.data.label_noise import LabelNoise, symmetric_noise, with_noise
-from dml_nb.data.show_data import IMAGES, WRONG, write_data_page
+from dml_nb.data.show_data import IMAGES_SHOWN, WRONG_SHOWN, write_data_page
 
 
 def data(names=("a", "b", "c", "d", "e", "f"), each=10):
@@ -27,7 +27,7 @@ def test_the_page_shows_classes_counts_and_sizes(tmp_path):
     assert [f.name for f in (tmp_path / "new folder").iterdir()] == ["page.html"]
     assert page.count("<tr>") == 6 and page.count("10 images</th>") == 6
     assert page.count("30 images of 3 classes") == 2
-    assert page.count("<img ") == 6 * IMAGES + 2  # and two histograms
+    assert page.count("<img ") == 6 * IMAGES_SHOWN + 2  # and two histograms
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
 
 
@@ -51,7 +51,7 @@ def test_wrong_labels_stand_beside_the_right_ones(apply, tmp_path):
     shown = re.findall(r"<figcaption><del>(.*?)</del><br>(.*?)</figcaption>", page)
     wrong = noise.wrong.nonzero()[:, 0]
     names = clean.train.classes
-    assert shown == [(names[noise.true[i]], names[noise.given[i]]) for i in wrong][:WRONG]
+    assert shown == [(names[noise.true[i]], names[noise.given[i]]) for i in wrong][:WRONG_SHOWN]
 
 
 def test_noise_with_labels_of_no_class_and_classes_without_a_label(tmp_path):
@@ -65,7 +65,12 @@ def test_noise_with_labels_of_no_class_and_classes_without_a_label(tmp_path):
 def test_queries_and_gallery_are_counted(tmp_path):
     whole = data()
     whole.test.is_query = torch.arange(30) % 3 == 0
-    assert "10 queries, 20 gallery images" in page_of(whole, tmp_path / "page.html")
+    page = page_of(whole, tmp_path / "page.html")
+    assert "10 queries, 20 gallery images; queries come first" in page
+    rows = page.split("<h2>Test")[1].split("<tr>")[1:]
+    for row in rows:
+        frames = ['class="query"' in picture for picture in row.split("<img")[1:]]
+        assert any(frames) and frames == sorted(frames, reverse=True)
 
 
 def test_many_classes_and_images_make_a_small_page(tmp_path):

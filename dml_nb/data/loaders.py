@@ -178,7 +178,7 @@ class BatchLoader(DataLoader):
             collate_fn=None if shuffled else _without_labels,
             persistent_workers=workers > 0,
         )
-        self.shuffled, self.in_order = shuffled, dataset  # `new(shuffle=False)` reads `in_order`
+        self.shuffled, self.images_in_order = shuffled, dataset  # `new(shuffle=False)` reads `images_in_order`
         self.position, self.running = Position(), None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -217,7 +217,7 @@ class BatchLoader(DataLoader):
     def new(
         self,
         dataset=None,  # None: the same images
-        shuffle: bool | None = None,  # False: in order, with the images of `in_order`; None: as this loader
+        shuffle: bool | None = None,  # False: in order, with `images_in_order`; None: as this loader
         drop_last: bool = False,  # ignored: training always drops a short last batch, evaluation never does
         bs: int | None = None,  # images per batch; None: as this loader in training, else 256
         num_workers: int | None = None,  # None: as this loader
@@ -227,7 +227,7 @@ class BatchLoader(DataLoader):
         if self.shuffled if shuffle is None else shuffle:
             dataset = self.dataset.dataset if dataset is None else dataset
             return train_loader(dataset, bs or len(next(iter(self.sampler))), self.dataset.seed, workers)
-        return eval_loader(self.in_order if dataset is None else dataset, bs or 256, workers)
+        return eval_loader(self.images_in_order if dataset is None else dataset, bs or 256, workers)
 
 # %% ../../nbs/20_data/10_loaders.ipynb #ea0ddd71
 def train_loader(

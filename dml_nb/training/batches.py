@@ -174,7 +174,7 @@ def _make_dls(
     if sampler is None and per_class is not None:
         sampler = ClassSampler(train_labels, batch_size, per_class, seed)
     loader = train_loader(train, batch_size, seed, workers, sampler)
-    loader.in_order = train_plain
+    loader.images_in_order = train_plain
     dls = DMLDataLoaders(loader, eval_loader(test_plain, workers=workers), seed, **kwargs)
     dls.train_plain, dls.train_labels = train_plain, train_labels
     dls.test_plain, dls.test_labels = test_plain, torch.as_tensor(test_plain.labels)
@@ -220,9 +220,9 @@ def _stored(images, storage, short_side, spec):
     return DeviceImages(stored, spec) if storage == "device" else stored
 
 
-def _sets_of_photographs(data, spec, train_crop, storage, resize_first):
+def _sets_of_photographs(data, spec, train_crop, storage, resize_first, crop_scale):
     "Training set with random crops, then both splits with a centre crop."
-    random_crop, centre_crop = image_transform(spec, train=True, train_crop=train_crop), image_transform(spec)
+    random_crop, centre_crop = image_transform(spec, True, train_crop, (crop_scale, 1.0)), image_transform(spec)
     train_side, test_side = spec.resize if resize_first or train_crop == "resize" else None, spec.resize
     if storage == "memory_map" and spec.channels == 1:
         train_side = test_side = None  # colours are removed before images are reduced
@@ -242,6 +242,7 @@ def image_dls(
     storage: str = "files",  # photographs: decode "files" in each epoch, or once into a "memory_map" or the "device"
     resize_first: bool = False,  # take random resized crops from photographs with the short side `spec.resize`?
     sampler=None,  # gives batches of indices and has `set_epoch`; None: `ClassSampler` with `per_class`, or random
+    crop_scale: float = 0.08,  # smallest share of the area in a random resized crop; the largest is 1
 ) -> DMLDataLoaders:  # for training the whole network
     "DataLoaders of images (regime `finetune`)."
     if storage not in STORAGES:
@@ -251,6 +252,6 @@ def image_dls(
     if in_memory:
         workers, sets = 0, _sets_in_memory(data, spec)
     else:
-        sets = _sets_of_photographs(data, spec, train_crop, storage, resize_first)
+        sets = _sets_of_photographs(data, spec, train_crop, storage, resize_first, crop_scale)
     kwargs = dict(queries=data.test.is_query, sampler=sampler, spec=spec, images=(data.train, data.test))
     return _make_dls(*sets, data.train.labels, batch_size, seed, workers, per_class, **kwargs)
