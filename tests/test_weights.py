@@ -304,4 +304,4 @@ def test_rows_say_once_how_to_get_the_weights_of_each_backbone(shell, empty_mach
     output = shell("rows", "II")
     assert output.count("cannot run: the weights of bn_inception cannot be had") == 20
     assert output.count(f"bn_inception cannot be trained: its weights are not in {weights_folder('bn_inception')}") == 1
-    assert ": 0 rows can run here" in output and "20 rows, 0 can run here" in output
+    assert "0 rows can run here" in output and "20 rows, 0 can run here" in output

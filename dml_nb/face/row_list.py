@@ -33,16 +33,17 @@ def _what_is_missing(rows: list[Row]) -> list[str]:
 
 def summary_of_rows(
     rows: list[Row],  # rows of the papers' tables, or the rows of `own`, which train one loss each
-) -> str:  # one line
+) -> str:  # one sentence or two per line
     "The number of rows, the number of those that can run here, and how to get what is missing."
     if not any(row.claimed for row in rows):
         return f"{len(rows)} losses, each trained alone on {rows[0].dataset}: no source claims a value."
     printed, on_all, on_some = count_printed_rows(rows)
     can_run = sum(why_not_here(row) is None for row in rows)
-    counts = (
-        f"{printed} rows in the sources, {sum(len(row.claimed) for row in rows)} values: {on_all} rows can run here, "
-        f"{on_some} on some of their data sets, {printed - on_all - on_some} cannot. "
-        f"By data set and noise: {len(rows)} rows, {can_run} can run here. "
-        "Claimed values are the papers', in percent."
-    )
-    return " ".join([counts, *_what_is_missing(rows)])
+    built = printed - len({row.printed for row in rows if row.recipe is None})
+    counts = [
+        f"{printed} rows in the sources, {sum(len(row.claimed) for row in rows)} values. "
+        "Claimed values are the papers', in percent.",
+        f"The method of {built} rows is built. {on_all} rows can run here, {on_some} more on some of their data sets.",
+        f"By data set and noise: {len(rows)} rows, {can_run} can run here.",
+    ]
+    return "\n".join([*counts, *_what_is_missing(rows)])
