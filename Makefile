@@ -6,7 +6,7 @@ RUNS := .venv/.installed-for-runs
 TOOLS := .venv/.installed-tools
 TIMES := .venv/notebook-times.txt
 
-.PHONY: quickstart test format reproduce lab export docs clean
+.PHONY: quickstart test format reproduce gpu lab export docs clean
 .DEFAULT_GOAL := quickstart
 
 $(RUNS): settings.ini setup.py pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ OUT ?= runs
 
 reproduce: $(RUNS) ## run a table of the papers and report it: make reproduce TABLE=II ARGS="--dataset cub --regime frozen --backbone efficientnet_lite0"
 	status=0; $(BIN)/dml_nb run $(TABLE) --seeds $(SEEDS) --out $(OUT) --measure $(ARGS) || status=$$?; $(BIN)/dml_nb report $(TABLE) --runs $(OUT) && exit $$status
+
+gpu: $(TOOLS) ## on a machine with a GPU: its tests, benchmarks and table rows, resumable; a trial anywhere: make gpu ARGS="--tiny"
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lab: $(TOOLS) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -178,6 +178,7 @@ def measure_large():
 
 
 def main():
+    global BATCH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cub", help="a data set of image files")
     parser.add_argument("--workers", type=int, default=usable_cpus(), help="worker processes of each loader")
@@ -185,7 +186,9 @@ def main():
     parser.add_argument("--images", type=int, default=600, help="images of a round; decoded images: four times as many")
     parser.add_argument("--classes", type=int, default=40, help="training classes that are used")
     parser.add_argument("--long-side", type=int, default=500, help="of the JPEG files, in pixels; 0: as they are")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of a batch")
     args = parser.parse_args()
+    BATCH = args.batch
     print(f"{args.workers} workers, batches of {BATCH}, torch {torch.__version__}, numpy {np.__version__}")
     measure_large()
     whole = load_dataset(args.data)

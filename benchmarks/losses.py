@@ -4,6 +4,7 @@ Measured is one forward and backward pass.
 
     python benchmarks/losses.py                         # all losses, about half an hour on two cores
     python benchmarks/losses.py --losses circle triplet --batches 120 512
+    python benchmarks/losses.py --device cuda           # on a GPU
 
 Each case runs in a process of its own. Calls of the two packages alternate, so a slow moment of the machine affects
 both, and the medians are compared. At the largest batch, peak memory is measured in further processes, one for each
@@ -37,6 +38,7 @@ from dml_nb.losses import create_loss, list_losses, loss_parameters
 
 D, PER_CLASS = 512, 8
 LIMIT_S, LIMIT_GB = 150, 10  # of one process
+DEVICE = "cuda" if "cuda" in sys.argv else "cpu"  # of `--device`, also in the processes of the cases
 HERE = Path(__file__).parent
 
 # our loss: (our parameters, their class, their parameters); C and D are added for losses with proxies
@@ -114,7 +116,21 @@ def random_batch(batch, num_classes):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(batch // PER_CLASS).repeat_interleave(PER_CLASS) % num_classes
     centers = torch.randn(num_classes, D, generator=generator)
-    return centers[labels] + torch.randn(batch, D, generator=generator), labels
+    x = centers[labels] + torch.randn(batch, D, generator=generator)
+    return x.to(DEVICE), labels.to(DEVICE)
+
+
+def wait():
+    "Let the GPU finish its work, so that the clock is right."
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes():
+    "The largest memory so far: of the GPU, or of this process."
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step(loss, x, y):
@@ -124,6 +140,7 @@ def step(loss, x, y):
     loss(x, y).backward()
     for p in loss.parameters():
         p.grad = None
+    wait()
     return perf_counter() - start
 
 
@@ -132,15 +149,14 @@ def measure(name, batch, num_classes, who, default=False, budget=1.5):
     x, y = random_batch(batch, num_classes)
     both = {}
     if who != "theirs":
-        both["ours"] = ours(name, num_classes, default)
+        both["ours"] = ours(name, num_classes, default).to(DEVICE)
     if who in ("both", "theirs") and not default and (their_loss := theirs(name, num_classes)) is not None:
-        both["theirs"] = their_loss
+        both["theirs"] = their_loss.to(DEVICE)
     if who in ("ours", "theirs"):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_bytes()
         for loss in both.values():
             step(loss, x, y)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return {"mb": (peak - before) / 1024, "process_mb": peak / 1024}
+        return {"mb": (peak_bytes() - before) / 2**20, "process_mb": peak_bytes() / 2**20}
     times = {key: [] for key in both}
     for _ in range(2 if batch < 1000 else 1):
         for loss in both.values():
@@ -157,6 +173,7 @@ def measure(name, batch, num_classes, who, default=False, budget=1.5):
 def child(name, batch, num_classes, who, default=False):
     "Measure in a new process; the result holds `failed` with the reason if the process did not finish."
     command = [sys.executable, __file__, "--child", json.dumps([name, batch, num_classes, who, default])]
+    command += ["--device", DEVICE]
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -234,7 +251,9 @@ def summary(rows):
 
 
 def processor() -> str:
-    "Name of the processor."
+    "Name of the GPU or of the processor."
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
     if sys.platform != "linux":
         return platform.processor()
     names = (
@@ -264,7 +283,8 @@ def write(rows, out, losses):
 def measure_child(case):
     "The inside of `child`: limit the memory, measure, print the result."
     name, batch, num_classes, who, default = json.loads(case)
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GB * 2**30, LIMIT_GB * 2**30))
+    if DEVICE == "cpu":  # CUDA reserves more addresses than there is memory
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GB * 2**30, LIMIT_GB * 2**30))
     if not needs_classes(name):
         num_classes = max(num_classes, batch // PER_CLASS)
     print(json.dumps(measure(name, batch, num_classes, who, default)))
@@ -288,6 +308,7 @@ def main():
         help="folder of the CSV file. A full run is written to benchmarks/results. A run of some losses or batches is "
         "only printed unless this option is given; then it replaces the rows of its losses",
     )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of the embeddings")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

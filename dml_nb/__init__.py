@@ -10,4 +10,8 @@ def __getattr__(name):
         from importlib.metadata import version
 
         return version("dml_nb")
+    if name == "load_model":
+        from dml_nb.face.model_folder import load_model
+
+        return load_model
     raise AttributeError(f"module 'dml_nb' has no attribute {name!r}")

@@ -11,6 +11,15 @@ from pathlib import Path
 import pytest
 
 
+def pytest_runtest_setup(item):
+    "A test that is marked `cuda` needs a GPU."
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU present")
+
+
 @pytest.fixture(scope="session")
 def glyph_folder(tmp_path_factory) -> Path:
     "Twelve classes of glyphs with twelve images each, as PNG files in class folders."

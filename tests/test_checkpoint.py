@@ -31,7 +31,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 C, D, EPOCHS, STEPS = 6, 8, 2, 4
-EARLY = dict(cp=dict(start_epoch=1), xb=dict(start_iteration=2), me=dict(start_epoch=1))  # by the start of the name
+EARLY = dict(
+    di=dict(clusters=2), cp=dict(start_epoch=1), xb=dict(start_iteration=2), me=dict(start_epoch=1)
+)  # by the start of the name
 
 
 def silent(learn):

@@ -13,7 +13,7 @@ import pytest
 from dml_nb.core.files import data_root
 from dml_nb.data.datasets import is_here
 from dml_nb.experiments import batch, tune
-from dml_nb.face import cli
+from dml_nb.face import cli, command_text
 
 RUN = ("run", "circle", "--dataset", "glyphs")
 TUNE = ("tune", "MS", "--dataset", "glyphs", "--backbone", "small_cnn", "--regime", "finetune")
@@ -67,7 +67,7 @@ TUNE = ("tune", "MS", "--dataset", "glyphs", "--backbone", "small_cnn", "--regim
         (["quickstart", "--out", "a.txt"], 2, "'a.txt' is not a folder"),
         (["bench", ""], 1, "unknown benchmark ''"),
         (["tune", "MS", "--dataset", "glyphs"], 2, "Missing option '--backbone'"),
-        (["tune", "Devide-Conquer", *TUNE[2:]], 1, "nothing can be searched: Devide-Conquer: the method"),
+        (["tune", "Devide-Conquer", *TUNE[2:]], 1, "states no values to try for the loss divide_and_conquer"),
         (["tune", "own/norm-softmax", *TUNE[2:]], 1, "states no values to try for the loss norm_softmax"),
         ([*TUNE, "--regime", "nope"], 1, "unknown regime 'nope'"),
         ([*TUNE, "--set", "lr=1"], 1, "the search itself sets lr: leave out --set lr"),
@@ -188,7 +188,7 @@ def test_a_data_set_without_an_address_says_what_to_do(shell, monkeypatch, tmp_p
 
 def test_home_is_expanded_in_a_folder_for_results(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli.parse_folder("~/runs") == tmp_path / "runs"
+    assert command_text.parse_folder("~/runs") == tmp_path / "runs"
 
 
 def test_the_advice_to_skip_unreadable_files_names_the_option(shell, glyph_folder, monkeypatch):

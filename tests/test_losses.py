@@ -22,6 +22,8 @@ EARLY_START = {"start_epoch": 0, "start_iteration": 0}
 DETERMINISTIC = {
     "triplet": dict(rule="all"),
     "margin": dict(rule="all"),
+    "divide_and_conquer": dict(pair_params=dict(rule="all")),
+    "mic": dict(pair_params=dict(rule="all")),
     "npair": dict(pairs="first"),
     "angular": dict(pairs="all"),
 }
@@ -477,7 +479,7 @@ def test_a_delta_below_0_is_possible():
     assert build("proxy_anchor", delta=-0.1)(x, y) < build("proxy_anchor", delta=0.1)(x, y)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU present")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", list_losses())
 def test_same_value_on_the_gpu(name):
     x, y = batch()

@@ -681,7 +681,7 @@ def test_k_reciprocal_at_its_defaults_whatever_the_budget():
     assert torch.equal(ranker.pair_scores(*pairs), whole.pair_scores(*pairs))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", DATA)
 def test_gpu_equals_cpu(name, set_large_class):
     x, y = DATA[name]

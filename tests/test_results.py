@@ -88,7 +88,7 @@ def test_the_quickstart_table_is_that_of_its_runs():
 
 
 def test_the_best_epoch_of_every_stored_run_is_one_in_which_its_loss_acts():
-    for folder in ("", "settling", "noise", "earlier", "figure3", "figure4", "host_comparison"):
+    for folder in ("", "settling", "constant_rate", "host_tuned", "figure3", "figure4", "host_comparison"):
         for result in load_results(RUNS / folder):
             assert result["best"]["epoch"] >= result["settings"]["params"].get("start_epoch", 0), result["folder"]
 

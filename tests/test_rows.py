@@ -3,7 +3,9 @@
 import json
 import warnings
 from collections import Counter, defaultdict
+from contextlib import suppress
 from csv import DictReader
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from dml_nb.experiments import batch
 from dml_nb.experiments import tables as tables_module
 from dml_nb.experiments.provenance import contradictions, describe, explain
 from dml_nb.experiments.recipes import (
+    CROPS,
+    OPTIMIZER_VALUES,
     check_setting_names,
     is_table_setting,
+    list_recipes,
     setting_layers,
     settings_for,
 )
@@ -74,19 +79,19 @@ def as_printed(lines):
 
 def test_every_cell_stands_in_exactly_one_row_unchanged():
     lines = cells_of_file()
-    assert len(lines) == 671 and as_cells(all_rows()) == as_printed(lines)
+    assert len(lines) == 680 and as_cells(all_rows()) == as_printed(lines)
     assert sum(value == "-" for row in all_rows().values() for value in row.claimed.values()) == 42
 
 
-def test_113_rows_are_printed_in_thirteen_tables(monkeypatch):
-    "Printed rows for each table of the three sources."
+def test_116_rows_are_printed_in_fourteen_tables(monkeypatch):
+    "Printed rows for each table of the four sources."
     monkeypatch.setattr(tables_module, "why_no_weights", lambda backbone: None)
     printed = {row.printed: row.table for row in all_rows().values()}
     expected = {"000-T1": 12, "000-T2": 9, "000-T3": 6, "000-T4": 7, "000-T5": 6, "000-T6": 7, "001-T1": 7, "001-T2": 6}
-    expected |= {"002-I": 6, "002-II": 10, "002-III": 13, "002-IV": 13, "002-V": 11}
-    assert Counter(printed.values()) == expected and len(printed) == 113 and len(expected) == 13
+    expected |= {"002-I": 6, "002-II": 10, "002-III": 13, "002-IV": 13, "002-V": 11, "003-unsupervised": 3}
+    assert Counter(printed.values()) == expected and len(printed) == 116 and len(expected) == 14
     whole, part = count_printed_rows(all_rows().values())[1:]
-    assert 0 < whole and whole + part < 113
+    assert 0 < whole and whole + part <= 116
 
 
 def test_a_row_is_found_by_its_id_and_its_folder_is_safe():
@@ -226,11 +231,11 @@ def test_a_row_needs_no_code(tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["rows"], "113 rows in the sources, 671 values"),
+        (["rows"], "116 rows in the sources, 680 values"),
         (["rows", "II"], "10 rows in the sources, 60 values"),
         (["rows", "002-V"], "By data set and noise: 66 rows"),
         (["rows", "002-II/cub-cp-pa-k-3"], "CP Eqs. 2-7"),
-        (["rows", "001-T1/cub-htl"], "the class tree, rebuilt every epoch"),
+        (["rows", "001-T1/cub-htl"], "Ge et al. 2018; reconstructed"),
         (["rows", "own/circle"], "claimed     nothing"),
         (["rows", "multi_similarity"], "none: a loss on its own"),
         (["rows", "own"], "losses, each trained alone on glyphs: no source claims a value"),
@@ -255,6 +260,7 @@ def test_rows_say_which_data_are_not_on_this_machine(shell, tmp_path, monkeypatc
 def test_a_row_whose_weights_cannot_be_had_does_not_count_as_one_that_can_run(monkeypatch):
     monkeypatch.setattr(tables_module, "why_no_weights", lambda backbone: "download them" * (backbone != "resnet50"))
     rows = [row_of(id) for id in ("002-II/cub-cp-pa-k-3", "000-T3/cub-cbml-log-resnet50", "001-T1/cub-htl")]
+    rows[2] = replace(rows[2], recipe=None)
     reasons = [why_not_here(row) for row in rows]
     assert reasons[:2] == ["the weights of bn_inception cannot be had", None] and "not built" in reasons[2]
     assert count_printed_rows(rows[:1])[1:] == (0, 0) and count_printed_rows(rows[1:2])[1] == 1
@@ -316,7 +322,7 @@ def test_every_loss_is_a_row_on_its_own():
         "center",
         "intra_pair_variance",
         "cp_reading",
-    } == set(list_losses()) and len(all_rows()) == 243
+    } == set(list_losses()) and len(all_rows()) == 252
     assert not set(rows) & set(all_rows())
     for id, row in rows.items():
         assert row_of(id) is row and find_rows(id) == find_rows(row.method) == [row]
@@ -363,7 +369,7 @@ def test_on_glyphs_all_methods_train_alike():
             dict(lr=3e-5, gamma=0.1, frozen_bn=True, step_epochs=16, beta=40.0, recall_at=[1, 10, 100, 1000]),
         ),
         ("002-IV/cars-multi-similarity", dict(lr=3e-5, gamma=0.1, step_epochs=16)),
-        ("000-T2/cub-softtriple", dict(lr=1e-4, gamma=0.1, step_epochs=20, frozen_bn=True)),
+        ("000-T2/cub-softtriple", dict(lr=1e-4, gamma=0.1, step_epochs=[19, 39], frozen_bn=True, eps=0.01)),
         ("002-IV/sop-softtriple", dict(lr=1e-4, proxies_per_class=2, gamma=0.25, train_crop="resize")),
         ("002-IV/cub-softtriple", dict(lr=1e-4, proxies_per_class="unset")),
         ("002-IV/sop-proxy-anchor", dict(lr=1e-4, gamma=0.25, step_epochs=20, frozen_bn=False, train_crop="resize")),
@@ -372,7 +378,11 @@ def test_on_glyphs_all_methods_train_alike():
             dict(lr=1e-4, gamma=0.25, frozen_bn=False, train_crop="resize", proxies_per_class=3),
         ),
         ("002-IV/sop-proxy-nca", dict(scale_x=1.0, scale_p=8.0)),
-        ("002-III/sop-cont-xbm", dict(memory_size=55000)),
+        ("002-III/sop-cont-xbm", dict(memory_size=55000, schedule="plateau", frozen_bn=False, per_class=4)),
+        (
+            "002-III/sop-proxy-nca-plus-plus",
+            dict(lr=0.024, proxy_lr_mult=10000, epochs=85, batch_size=192, per_class=3),
+        ),
         ("001-T2/inshop-margin", dict(recall_at=[1, 10, 20, 30, 40, 50], lr=6e-4, per_class=5)),
     ],
 )
@@ -399,7 +409,7 @@ def test_a_host_in_the_tables_of_cp_trains_as_cp():
 
 
 def test_what_proxy_anchor_says_of_a_data_set_is_a_guess_for_others():
-    margin, proxy_anchor = explain(row_of("001-T2/sop-margin")), explain(row_of("own/proxy-anchor"), "sop")
+    margin, proxy_anchor = explain(row_of("001-T2/sop-margin")), explain(row_of("own/proxy-anchor"), "sop", "resnet50")
     assert margin.loc[["lr", "gamma", "frozen_bn"], "guess"].all() and not margin.loc["recall_at", "guess"]
     assert not proxy_anchor.loc[["lr", "gamma", "frozen_bn"], "guess"].any()
     assert explain(row_of("002-IV/sop-multi-similarity")).source["lr"].startswith("guess: as on cub")
@@ -424,13 +434,128 @@ def test_cbml_trains_as_its_source_does():
 
 def test_what_an_account_states_is_what_is_run():
     "A setting that a training account cites is set by it; what it does not set is a guess or no setting."
-    words = {"*", "finetune", "only", "optimizer", "sampler", "crops", "per_class", "start_fraction"}
+    words = {"*", "finetune", "only", "backbones", "row", "note"}
+    words |= {"optimizer", "sampler", "crops", "per_class", "start_fraction"}
     for name, account in load_recipes()["training"].items():
         values = {key for part in account.get("finetune", {}).values() for key in part}
         for key, text in account.items():
             plain = key.split(" on ")[0].removeprefix("loss.")
             assert key in words or plain in values or text.startswith("guess"), (name, key)
-        assert values <= {key.removeprefix("loss.") for key in account}, name
+        assert values <= {key.split(" on ")[0].removeprefix("loss.") for key in account}, name
+
+
+BN_INCEPTION, ADAM = dict(backbone="bn_inception", frozen_bn=True), dict(optimizer="adam", clip_value=None)
+CROP_227 = dict(train_crop="rrc", resize_first=True, crop_scale=0.16, image_size=227, image_resize=256)
+RELEASED = dict(  # what the released codes do; the files are named in the sources of `recipes.json`
+    proxy_anchor=BN_INCEPTION | dict(optimizer="adamw", lr=1e-4, proxy_lr_mult=100, weight_decay=1e-4, batch_size=180),
+    cp=BN_INCEPTION
+    | dict(optimizer="adamw", lr=1e-4, proxy_lr_mult=100, batch_size=150, epochs=60, train_crop="resize"),
+    ms=BN_INCEPTION | ADAM | CROP_227 | dict(lr=3e-5, weight_decay=5e-4, batch_size=80, per_class=5, pool="max"),
+    cbml=BN_INCEPTION
+    | ADAM
+    | CROP_227
+    | dict(lr=3e-5, weight_decay=5e-4, batch_size=120, per_class=8, step_epochs=[25]),
+    softtriple=BN_INCEPTION | ADAM | dict(eps=0.01, lr=1e-4, proxy_lr_mult=100, batch_size=32, step_epochs=[19, 39]),
+    xbm=ADAM
+    | dict(lr=1e-4, weight_decay=5e-4, batch_size=64, per_class=4, crop_scale=0.2, schedule="plateau", pool="max"),
+    proxy_nca_pp=dict(
+        optimizer="adam", eps=1.0, lr=4e-3, proxy_lr_mult=1e5, weight_decay=0, layer_norm=True, pool="max"
+    )
+    | dict(image_size=256, image_resize=288, frozen_bn=False, clip_value=10, warm_epochs=5, per_class=4),
+    deep_metric=BN_INCEPTION | ADAM | CROP_227 | dict(lr=1e-5, weight_decay=5e-4, schedule="constant", pool="max"),
+)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_training_is_complete_and_its_values_are_run(name):
+    assert set(RELEASED) <= set(list_recipes())
+    account = load_recipes()["training"][name]
+    row, place = row_of(account["row"]), (account["only"][0], account["backbones"][0])
+    settings = dict(optimizer="adamw") | settings_for(row, *place, recipe=name)
+    assert {key: settings.get(key) for key in RELEASED[name]} == RELEASED[name]
+    frame = explain(row, *place, recipe=name)
+    stated = {*RELEASED[name], "optimizer", "weight_decay", "epochs", "sampler", "crops"} - {"frozen_bn", "clip_value"}
+    if name == "cp":  # states a few values, the others are those of Proxy Anchor
+        stated -= {"schedule", "weight_decay"}
+    guessed = [key for key in stated if frame.guess[key] and not (key == "sampler" and name == "cp")]
+    assert guessed == [], guessed
+    place = dict(dataset="groceries-mini", backbone="efficientnet_lite0")
+    elsewhere = explain(row, **place, recipe=name)
+    assert (
+        elsewhere.loc[["lr", "optimizer"], "guess"].all() and elsewhere.value["optimizer"] == frame.value["optimizer"]
+    )
+
+
+def test_proxy_anchor_trains_resnet50_as_its_readme_says():
+    row = row_of("own/proxy-anchor")
+    for dataset, backbone, expected in [
+        ("cub", "bn_inception", (180, 1, 10)),
+        ("cars", "bn_inception", (180, 1, 20)),
+        ("cub", "resnet50", (120, 5, 5)),
+        ("cars", "resnet50", (120, 5, 10)),
+    ]:
+        settings = settings_for(row, dataset, backbone)
+        assert tuple(settings[name] for name in ("batch_size", "warm_epochs", "step_epochs")) == expected
+        frame = explain(row, dataset, backbone)
+        assert not frame.loc[["batch_size", "warm_epochs", "step_epochs", "eps"], "guess"].any()
+    assert settings_for(row_of("002-II/cub-cp-pa-k-1"))["batch_size"] == 150  # in the tables of CP, as CP
+
+
+def test_a_source_of_a_batch_says_what_the_batch_is():
+    for row in [*all_rows().values(), *loss_rows().values()]:
+        for place in (("cub", "efficientnet_lite0", "frozen"), ("sop", "resnet50", "finetune")):
+            if why_not_runnable(row, *place[:2]) is None:
+                with suppress(ValueError):  # a loss over several embeddings has no frozen form
+                    frame = explain(row, *place)
+                    if "per_class" in frame.index and " images" in frame.source["per_class"]:
+                        assert f"{frame.value['per_class']} images" in frame.source["per_class"], (row.id, place)
+
+
+def test_the_optimizer_changes_no_setting_of_runs_that_do_not_name_it():
+    "Stored runs are found by their settings, so a value that all of them have is left out."
+    for regime, backbone in (("frozen", "efficientnet_lite0"), ("finetune", "small_cnn")):
+        for row in loss_rows().values():
+            dataset = "cub" if regime == "frozen" else "glyphs"
+            with suppress(ValueError):  # a loss over several embeddings has no frozen form
+                found = settings_for(row, dataset, backbone, regime)
+                assert not {"optimizer", *OPTIMIZER_VALUES, *CROPS} & set(found)
+                assert found == settings_for(row, dataset, backbone, regime, optimizer="adamw", eps=None)
+
+
+def test_an_optimizer_by_hand_is_shown_as_asked_for():
+    row = row_of("000-T2/cub-softtriple")
+    frame = explain(row, optimizer="sgd", momentum=0.9, nesterov=True)
+    assert frame.loc[["optimizer", "momentum", "nesterov"], "source"].eq("asked for").all() and "eps" not in frame.index
+    frame = explain(row, optimizer="adamw")
+    assert frame.value["optimizer"] == "adamw" and frame.source["optimizer"] == "asked for"
+    assert not frame.guess["eps"] and frame.source["eps"] == "PyTorch's default"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["recipe"], "proxy_nca_pp"),
+        (["recipe", "softtriple"], "  SoftTriple train.py: 0.01\n"),
+        (["recipe", "proxy_nca_pp"], "run on      cub, resnet50, finetune"),
+        (["recipe", "xbm", "--set", "optimizer=rmsprop"], "asked for"),
+        (["recipe", "MS", "--backbone", "resnet50"], "average"),
+    ],
+)
+def test_a_recipe_is_printed_with_its_sources(shell, args, message):
+    assert message in shell(*args)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["recipe", "softtripel"], "did you mean 'softtriple'"),
+        (["recipe", "II"], "II is a table of"),
+        (["recipe", "ms", "--regime", "frozen"], "recipe=ms needs the regime finetune"),
+        (["recipe", "ms", "--set", "recipe=cbm"], "did you mean 'cbml'"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_refused(shell, args, message):
+    assert message in shell(*args, status=1)
 
 
 def test_every_stated_default_is_a_parameter_of_its_loss():
@@ -472,7 +597,7 @@ def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
     ]:
         with pytest.raises(ValueError, match=message):
             check_setting_names(table, [key])
-    check_setting_names([*table, row_of("001-T1/cub-htl")], ["epochs", "loss.alpha", "noise"])
+    check_setting_names([*table, replace(table[0], recipe=None)], ["epochs", "loss.alpha", "noise"])
 
 
 @pytest.mark.parametrize(
@@ -504,6 +629,17 @@ def test_a_misspelt_setting_is_compared_with_all_chosen_rows():
         (dict(noise=20), "noise must be a percentage"),
         (dict(noise="20%", holdout=1), "cannot be combined"),
         (dict(epoch=3), "did you mean 'epochs'"),
+        (dict(optimizer="adamx"), "did you mean 'adam"),
+        (dict(optimizer="sgd", eps=0.1), "eps is a parameter of adamw and adam and rmsprop, not of sgd"),
+        (dict(optimizer="adam", betas=0.9), "betas must be two numbers, got 0.9"),
+        (dict(eps=0), "eps must be greater than 0, got 0"),
+        (dict(optimizer="sgd", nesterov=True), "nesterov needs a momentum"),
+        (dict(crop_scale=1.5), "crop_scale must be more than 0 and at most 1, got 1.5"),
+        (dict(resize_first=1), "resize_first must be true or false"),
+        (dict(image_size=256, image_resize=224), "crop 256 is larger than resize 224"),
+        (dict(schedule="plateau", step_epochs=[3]), "the schedule plateau needs one number as step_epochs"),
+        (dict(schedule="plateau", gamma=1), "a gamma between 0 and 1"),
+        (dict(recipe="soft"), "unknown recipe 'soft'"),
         (dict(capacity=0), "at least 1, got 0"),
         (dict(regime="frozn"), "did you mean 'frozen'"),
         (dict(dataset="cub200"), "did you mean 'cub'"),

@@ -205,7 +205,7 @@ def test_bfloat16_leaves_few_candidates():
     assert 1000 <= sum(len(ids) for _, _, ids in pairs) < 4000
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", ["random", "copies", "one corner"])
 def test_gpu_equals_cpu(kind):
     x = make(kind, 3000, 64, 0)

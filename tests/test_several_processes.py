@@ -57,7 +57,9 @@ def loaders(per_class, evaluated=True):
 
 def quick_start(name):
     "Parameters with which schedules and memories act within two epochs of four steps."
-    small = dict(start_epoch=1, start_iteration=3, memory_size=30, capacity=3, warm_up=2, steps=2, gap=1)
+    small = dict(
+        clusters=2, learners=4, start_epoch=1, start_iteration=3, memory_size=30, capacity=3, warm_up=2, steps=2, gap=1
+    )
     return {key: value for key, value in small.items() if key in loss_parameters(name)}
 
 

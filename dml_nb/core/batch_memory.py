@@ -8,13 +8,14 @@ __all__ = ['CrossBatchMemory']
 # %% ../../nbs/10_core/05_batch_memory.ipynb #c1124b27
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import check_embeddings, check_labels, check_sample_ids, check_whole, unknown
+from .counters import CountingModule
 from .similarity import unit
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #6440d93f
-class CrossBatchMemory(nn.Module):
+class CrossBatchMemory(CountingModule):
     "Ring buffer of the last detached unit embeddings with their labels."
 
     def __init__(
@@ -33,7 +34,7 @@ class CrossBatchMemory(nn.Module):
         for name in ("labels", "sample_ids"):
             self.register_buffer(name, torch.full((capacity,), -1))
         for name in ("position", "count"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+            self.register_counter(name)
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #d67e248f
 @patch
@@ -42,10 +43,10 @@ def slots(
     size: int,  # B, at most the capacity
 ) -> Tensor:  # (B,) slots of the next batch of this size
     "The slots that the next batch will be written to."
-    start = self.position
+    start = int(self.position)
     if self.wrap == "tail":
-        start = torch.where(start + size > self.capacity, self.capacity - size, start)
-    return (start + torch.arange(size, device=start.device)) % self.capacity
+        start = min(start, self.capacity - size)
+    return (start + torch.arange(size, device=self.labels.device)) % self.capacity
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #91ed70e4
 @patch
@@ -74,12 +75,12 @@ def enqueue(
 @patch
 def _advance(self: CrossBatchMemory, size: int):
     "Update position and count after `size` new entries."
-    end = self.position + size
+    end = int(self.position) + size
     if self.wrap == "ring":
-        self.position.copy_(end % self.capacity)
+        self.position.fill_(end % self.capacity)
     else:
-        self.position.copy_(torch.where(end > self.capacity, 0, end))
-    self.count.copy_(torch.maximum(self.count, end).clamp_max(self.capacity))
+        self.position.fill_(0 if end > self.capacity else end)
+    self.count.fill_(min(max(int(self.count), end), self.capacity))
 
 # %% ../../nbs/10_core/05_batch_memory.ipynb #fe02b8e3
 @patch
@@ -103,5 +104,5 @@ def class_means(
     row = torch.searchsorted(classes, labels[chosen])
     picked = embeddings[chosen].to(torch.promote_types(embeddings.dtype, torch.float32))
     sums = picked.new_zeros(len(classes), picked.shape[1]).index_add_(0, row, picked)
-    counts = torch.bincount(row, minlength=len(classes))
+    counts = torch.zeros_like(classes).index_add_(0, row, torch.ones_like(row))
     return sums / counts.clamp_min(1)[:, None], counts

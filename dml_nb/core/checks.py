@@ -62,7 +62,8 @@ def check_embeddings(
             f"embeddings have size {embeddings.shape[1]} but embedding_size is {embedding_size}: "
             f"create the loss with embedding_size={embeddings.shape[1]}."
         )
-    _check_finite(embeddings.detach())
+    if embeddings.is_cpu:
+        _check_finite(embeddings.detach())
 
 # %% ../../nbs/10_core/01_checks.ipynb #c4ec0002
 def _check_finite(rows: Tensor):
@@ -99,6 +100,11 @@ def check_labels(
         raise ValueError(f"labels must be integers, got {labels.dtype}: call .long() on class ids.")
     labels = labels.long()
     if num_classes is None or size == 0:
+        return labels
+    if labels.is_cuda:
+        in_range = ((labels >= 0) & (labels < num_classes)).all()
+        torch._assert_async(in_range, f"a label is outside 0...{num_classes - 1}: number the classes from 0.")
+    if not labels.is_cpu:
         return labels
     low, high = (each.item() for each in labels.aminmax())
     if low < 0:
@@ -147,7 +153,7 @@ def check_sample_ids(
         got = f"{tuple(sample_ids.shape)} {sample_ids.dtype}"
         raise ValueError(f"sample_ids must be a tensor of {size} whole numbers, one per embedding, got {got}.")
     sample_ids = sample_ids.long()
-    if size and sample_ids.min() < 0:
+    if size and sample_ids.is_cpu and sample_ids.min() < 0:
         raise ValueError(
             f"sample_ids must be 0 or above, got {sample_ids.min().item()}: leave them out if the images are unknown."
         )
@@ -185,7 +191,7 @@ def check_indices(
     sizes = dict(anchor=shape[0], reference=shape[1])
     kinds = ("anchor", "reference", "anchor" if len(indices) == 4 else "reference", "reference")
     for kind, index in zip(kinds, indices):
-        limits = torch.stack(index.aminmax()).tolist() if len(index) else []
+        limits = torch.stack(index.aminmax()).tolist() if len(index) and index.is_cpu else []
         for value in limits:
             if not 0 <= value < sizes[kind]:
                 raise ValueError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['world_size', 'process_rank', 'lost_process', 'gather', 'own_rows', 'own_share', 'gather_with_grad',
-           'average_gradients', 'whole_batch', 'gather_by_id']
+           'average_gradients', 'whole_batch', 'exchange_device', 'copy_from_first', 'gather_by_id']
 
 # %% ../../nbs/10_core/03_distributed.ipynb #a63c2a64
 from collections.abc import Iterable, Iterator
@@ -132,14 +132,30 @@ def whole_batch() -> Iterator[None]:
         _holds_whole_batch = before
 
 # %% ../../nbs/10_core/03_distributed.ipynb #d15c0de8
+def exchange_device() -> str:
+    "The device of the tensors that the processes exchange; NCCL has none on the CPU."
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+@torch.no_grad()
+def copy_from_first(
+    x: Tensor,  # replaced by the tensor of the first process
+):
+    "Copy a tensor of the first process to all others."
+    if x.numel():
+        copied = x.to(exchange_device()).contiguous()
+        with lost_process():
+            dist.broadcast(copied, 0)
+        x.copy_(copied)
+
+
 def gather_by_id(
     rows: Tensor,  # (n, D) rows of this process; n is the same in all processes
     ids: Tensor,  # (n,) position of each row in the result
     total: int,  # number of rows of the result
 ) -> Tensor:  # (total, D) on the device of `rows`, the same in all processes
     "Put the rows of all processes in their places; a repeated id counts once."
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    parts = [part.to(device) for part in (rows, ids)]
+    parts = [part.to(exchange_device()) for part in (rows, ids)]
     gathered = [part.new_empty(world_size() * len(part), *part.shape[1:]) for part in parts]
     for whole, part in zip(gathered, parts):
         with lost_process():

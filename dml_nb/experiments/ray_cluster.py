@@ -193,8 +193,7 @@ def _passed_on() -> dict[str, str]:
     "Environment variables that workers need, with absolute paths."
     folders = {name: os.environ.get(name) for name in ("DML_NB_DATA", "DML_NB_CACHE")}
     passed = {name: os.path.abspath(value) for name, value in folders.items() if value}
-    threads = os.environ.get("OMP_NUM_THREADS")
-    return passed | (dict(OMP_NUM_THREADS=threads) if threads else {})
+    return passed | {name: os.environ[name] for name in ("OMP_NUM_THREADS", "DML_NB_TRACK") if os.environ.get(name)}
 
 
 @patch

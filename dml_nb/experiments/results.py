@@ -181,7 +181,9 @@ def changes_from_recipe(
     result: dict,  # of a run
 ) -> str:  # "capacity=5, lr=0.002"; "" for a run of the recipe
     "What was changed against the recipe of the row, apart from label noise and what happens to unreadable files."
-    return _changes_text(result["row"], json.dumps(result["settings"], sort_keys=True))
+    text = _changes_text(result["row"], json.dumps(result["settings"], sort_keys=True))
+    measured = result["settings"].get("precision") == "auto"  # seeds with different answers must not be averaged
+    return f"{text}, measured {result['environment']['precision']}" if measured else text
 
 
 def setting_name(

@@ -27,7 +27,14 @@ from ..data.image_sets import ImageSet, RetrievalData, same_checksum
 from ..data.label_noise import NOISE_LISTS, noise_list_name, read_noise_list, symmetric_noise, with_noise
 from ..data.loaders import usable_cpus
 from ..data.splits import apply_split
-from .recipes import check_seed, computed_settings, flat_settings, is_table_setting, noise_rate
+from dml_nb.experiments.recipes import (
+    LEARNER_SETTINGS,
+    check_seed,
+    computed_settings,
+    flat_settings,
+    is_table_setting,
+    noise_rate,
+)
 from dml_nb.experiments.record import (
     SPACE_METRICS,
     best_line,
@@ -42,12 +49,15 @@ from ..losses import create_loss
 from ..models import create_embedder
 from ..models.embedder import EmbeddingHead
 from ..models.features import cached_features, embed
+from ..models.networks import create_network
 from ..retrieval.metrics import evaluate
 from ..retrieval.view import plot_retrieval
 from ..training.checkpoint import Checkpoint, resume, save_weights
 from ..training.evaluation import split_by_role
 from ..training.learner import DMLLearner, dml_learner, feature_dls, image_dls
+from ..training.precision import precision_of
 from ..training.several_processes import helpers
+from ..training.tracking import trackers
 
 # %% ../../nbs/70_experiments/05_run.ipynb #47d330e3
 def add_label_noise(
@@ -149,17 +159,28 @@ def _frozen(self: Run) -> tuple[nn.Module, object]:  # model, loaders
 
 # %% ../../nbs/70_experiments/05_run.ipynb #9a45a3da
 @patch
+def _loss(self: Run) -> nn.Module:
+    "The loss of the run."
+    name, params = current_loss(self.settings["loss"], self.settings["params"])
+    sizes = dict(num_classes=len(self.data.train.classes), embedding_size=self.settings["embedding_size"])
+    return create_loss(name, **sizes, **params)
+
+
+@patch
 def _finetune(self: Run) -> tuple[nn.Module, object]:  # model, loaders
     "The whole network on images."
     s, pretrained = self.settings, self.settings["backbone"] != "small_cnn"
     parts = s["backbone"], s["embedding_size"], s["pool"], pretrained, s["layer_norm"], s["frozen_bn"]
-    model = create_embedder(*parts, image_size=s.get("image_size"))
-    model.to(memory_format=torch.channels_last)
+    model = create_embedder(*parts, image_size=s.get("image_size"), image_resize=s.get("image_resize"))
+    with torch.random.fork_rng(devices=[]):  # the loss of the training is created later
+        network = getattr(self._loss(), "network", None)
+    if network:  # a loss over several embeddings names the network that gives them
+        model = create_network(embedder=model, **network)
     processes = 1 if process_rank() else int(os.environ.get("DML_NB_PROCESSES", 1))  # the others divide by themselves
     workers = max(1, usable_cpus() // processes)
-    return model, image_dls(
-        self.data, model.spec, s["batch_size"], self.seed, s["train_crop"], workers, s.get("per_class")
-    )
+    crop = dict(train_crop=s["train_crop"]) | {name: s[name] for name in ("resize_first", "crop_scale") if name in s}
+    batches = dict(batch_size=s["batch_size"], seed=self.seed, workers=workers, per_class=s.get("per_class"))
+    return model, image_dls(self.data, model.spec, **batches, **crop)
 
 # %% ../../nbs/70_experiments/05_run.ipynb #cecacf41
 @patch
@@ -167,24 +188,16 @@ def learner(
     self: Run,
 ) -> DMLLearner:  # ready to fit, in the state of `checkpoint.pt` if there is one
     "The Learner of the run."
-    s, num_classes = self.settings, len(self.data.train.classes)
+    s = self.settings
     if not process_rank():
         self.lock_folder()
     torch.manual_seed(self.seed)
     model, dls = self._frozen() if s["regime"] == "frozen" else self._finetune()
-    loss, params = current_loss(s["loss"], s["params"])
     learn = dml_learner(
         dls,
         model,
-        create_loss(loss, num_classes=num_classes, embedding_size=s["embedding_size"], **params),
-        lr=s["lr"],
-        head_lr=s["head_lr"],
-        proxy_lr_mult=s["proxy_lr_mult"],
-        weight_decay=s["weight_decay"],
-        warm_epochs=s["warm_epochs"],
-        clip_value=s["clip_value"],
-        recall_at=tuple(s["recall_at"]),
-        evaluate_every=s.get("evaluate_every", 1),
+        self._loss(),
+        **{name: s[name] for name in LEARNER_SETTINGS if name in s},
     )
     resume(learn, self.folder / "checkpoint.pt", self.key)
     return learn
@@ -197,7 +210,8 @@ def train(
 ):
     "Train to the last epoch, with checkpoints within and after each epoch."
     s, checkpoint = self.settings, Checkpoint(self.folder, self.key)
-    learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"], cbs=[checkpoint])
+    cbs = [checkpoint, *trackers(None, self.folder, flat_settings(s) | dict(seed=self.seed))]
+    learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"], cbs=cbs)
 
 
 def train_along(
@@ -220,6 +234,7 @@ def fit(
     processes = int(os.environ.get("DML_NB_PROCESSES", 1))
     with helpers(train_along, self.row.id, self.settings, self.seed, str(self.folder), processes=processes):
         self.train(learn)
+    self.precision = precision_of(learn)
     history = pd.DataFrame(learn.retrieval_metrics.history)
     self.seconds["fit"] = float(history[["train_seconds", "eval_seconds"]].sum().sum())
     write_atomically(self.folder / "history.csv", lambda p: history.to_csv(p, index=False, float_format="%.6g"))
@@ -253,7 +268,7 @@ def result(
         images_per_second=round(len(self.data.train) * len(history) / max(train, 1e-9), 1),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=peak_device_memory_mb(),
-        environment=environment(),
+        environment=environment() | dict(precision=self.precision),
         data_checksum=self.data.checksum,
     )
 

@@ -42,6 +42,8 @@ def cosface_loss(
 class CosFaceLoss(ProxyLoss):
     "CosFace (Wang et al., CVPR 2018)."
 
+    mean_over_samples = True
+
     def __init__(
         self,
         num_classes: int,  # C
@@ -87,6 +89,8 @@ def arcface_loss(
 @register("arcface", paper=dict(margin=0.5), revisiting=dict(margin=0.5, scale=16.0))
 class ArcFaceLoss(ProxyLoss):
     "ArcFace (Deng et al., CVPR 2019)."
+
+    mean_over_samples = True
 
     def __init__(
         self,

@@ -128,14 +128,15 @@ def worst_clustering(
     mean: str = "arithmetic",  # of the NMI
 ) -> tuple[Tensor, Tensor]:  # (B,) medoid that each sample joins; scalar 1 - NMI
     "The set of medoids that maximises F + γ(1 - NMI), by greedy choice and swaps."
-    labels = labels.unique(return_inverse=True)[1]
+    device, dist_BB, labels = labels.device, dist_BB.cpu(), labels.cpu().unique(return_inverse=True)[1]
     chosen = greedy_medoids(dist_BB, labels, gamma, mean)
     for _ in range(sweeps):
         if not sum([swap_medoid(dist_BB, labels, chosen, k, gamma, mean) for k in range(len(chosen))]):
             break
     joined = dist_BB[chosen].min(0)[1]
     unreachable = torch.full_like(dist_BB[:, :1], torch.inf)  # (B, 1) a candidate that attracts no sample
-    return chosen[joined], score_candidates(unreachable, torch.zeros_like(dist_BB[0]), joined, labels, mean)[1][0]
+    error = score_candidates(unreachable, torch.zeros_like(dist_BB[0]), joined, labels, mean)[1][0]
+    return chosen[joined].to(device), error.to(device)
 
 # %% ../../nbs/40_losses/21_facility_location.ipynb #c60ad96e
 @register("facility_location")

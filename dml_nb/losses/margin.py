@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 
 from ..core.checks import check_at_least, check_default, unknown
 from ..core.similarity import euclidean
-from .base import register
+from .base import count_distinct, register
 from .miners import DistanceWeightedMiner
 from .pair_base import PairLoss
 
@@ -150,5 +150,5 @@ def pairs(
     if self.embedding_dim is None:
         raise ValueError("similarities do not tell the embedding size: call the loss itself, or use rule='all'.")
     a, p, n = DistanceWeightedMiner(self.embedding_dim, **self.sampling).triplets(sim_BN.detach(), pos_BN, neg_BN)
-    self.active = a.unique().numel()
+    self.active = count_distinct(a, len(sim_BN))
     return self.triplets(sim_BN, a, p, n)

@@ -47,7 +47,7 @@ class MemVirLoss(HostedLoss):
         self.register_buffer("past_labels", torch.zeros(0, 0, dtype=torch.long))
         self.register_buffer("past_proxies", torch.zeros(0, num_classes, embedding_size, dtype=dtype))
         for name in ("position", "count"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.long))
+            self.register_counter(name)
         self.steps_that_fit(batch_size=0)
 
 # %% ../../nbs/40_losses/37_memvir.ipynb #ac0471e2
@@ -79,13 +79,13 @@ def virtual_classes(
     dtype: torch.dtype = torch.float32,  # type of the returned vectors
 ) -> tuple[Tensor, Tensor, Tensor]:  # (V, D) embeddings, (V,) labels from C on, (nC, D) proxies; all unit vectors
     "Embeddings, labels and proxies of the used past steps."
-    k = torch.arange(1, 1 + int(self.count) // (self.gap + 1), device=self.count.device)
-    slot = (self.position - k * (self.gap + 1)) % len(self.past_labels)
+    k = torch.arange(1, 1 + int(self.count) // (self.gap + 1), device=self.past_labels.device)
+    slot = (int(self.position) - k * (self.gap + 1)) % len(self.past_labels)
     labels = self.past_labels[slot]
-    filled = labels >= 0
+    filled = (labels >= 0).flatten().nonzero()[:, 0]
     return (
-        self.past_embeddings[slot][filled].to(dtype),
-        (labels + k[:, None] * self.num_classes)[filled],
+        self.past_embeddings[slot].flatten(0, 1)[filled].to(dtype),
+        (labels + k[:, None] * self.num_classes).flatten()[filled],
         self.past_proxies[slot].flatten(0, 1).to(dtype),
     )
 

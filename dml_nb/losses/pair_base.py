@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.checks import check_at_least, check_default, check_indices, check_references
 from ..core.similarity import first_order_only, gram, match_masks, unit
-from .base import DMLLoss, to_masks
+from .base import DMLLoss, count_distinct, to_masks
 from .miners import create_miner, slack_mining
 
 # %% ../../nbs/40_losses/03_pair_base.ipynb #e09482fc
@@ -122,7 +122,7 @@ def from_similarities(
         indices = check_indices(indices, sim_BN.shape)
         if self.self_eps is not None:
             indices = [part[sim_BN[indices[0], indices[1]] < 1 - self.self_eps] for part in indices]
-        self.active = indices[0].unique().numel()
+        self.active = count_distinct(indices[0], len(sim_BN))
         return self.triplets(sim_BN, *indices)
     if indices is not None:
         pos_BN, neg_BN = to_masks(indices, sim_BN.shape, sim_BN.device)

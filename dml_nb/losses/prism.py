@@ -102,7 +102,8 @@ def compute(
 ) -> Tensor:  # scalar
     "Batch term over the kept samples plus weighted memory term."
     keep_B = self.select_clean(gather(embeddings.detach()), gather(labels))[0][own_rows(labels)]
-    value = self.pair_loss(embeddings[keep_B], labels[keep_B])
+    kept = keep_B.nonzero()[:, 0]
+    value = self.pair_loss(embeddings[kept], labels[kept])
     value = value + self.weight * self.memory_term(embeddings, labels, keep_B, sample_ids)
     self.active = keep_B.sum()
     return value
@@ -121,8 +122,9 @@ def remember(
     if sample_ids is not None:
         sample_ids = check_sample_ids(sample_ids, len(embeddings))
     keep_B, window = self.select_clean(embeddings, labels)
-    self.memory.enqueue(embeddings[keep_B], labels[keep_B], None if sample_ids is None else sample_ids[keep_B])
-    self.update_centers(labels[keep_B].unique())
+    kept = keep_B.nonzero()[:, 0]
+    self.memory.enqueue(embeddings[kept], labels[kept], None if sample_ids is None else sample_ids[kept])
+    self.update_centers(labels[kept].unique())
     self.window.copy_(window)
     self.last_seen.fill_(len(labels))
     self.last_rejected.copy_((~keep_B).sum())
@@ -139,8 +141,8 @@ def update_centers(
     "Set the centres of these classes to the mean of their memory entries."
     means, counts = self.memory.class_means(classes)
     filled = counts > 0
-    self.centers[classes[filled]] = means[filled].to(self.centers.dtype)
-    self.has_center[classes[filled]] = True
+    self.centers[classes] = means.to(self.centers.dtype).where(filled[:, None], self.centers[classes])
+    self.has_center[classes] |= filled
 
 
 @patch(as_prop=True)

@@ -177,7 +177,9 @@ def build_cp(
         params["regulariser"] = partial(weighted_spread, tau=tau)
     host_params = {name: params.pop(name) for name in host_parameters(host) if name in params}
     loss_class = AveragedCalibrateProxyLoss if host == "arcface" else CalibrateProxyLoss
-    return loss_class(num_classes, embedding_size, host_loss(host, host_params), **params)
+    loss = loss_class(num_classes, embedding_size, host_loss(host, host_params), **params)
+    loss.mean_over_samples = host != "proxy_anchor"  # all others are softmax losses
+    return loss
 
 
 for _host, _defaults in CP_HOST_DEFAULTS.items():

@@ -43,6 +43,8 @@ def proxy_nca_loss(
 class ProxyNCALoss(ProxyLoss):
     "Proxy-NCA (Movshovitz-Attias et al., ICCV 2017)."
 
+    mean_over_samples = True
+
     def __init__(
         self,
         num_classes: int,  # C
@@ -71,6 +73,8 @@ class ProxyNCALoss(ProxyLoss):
 @register("proxy_nca_pp")
 class ProxyNCAPlusPlusLoss(ProxyLoss):
     "Proxy-NCA++ (Teh et al., ECCV 2020)."
+
+    mean_over_samples = True
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ def self_feeding(
     "Let the loss call its own `remember` and `set_epoch`. Call this once, before training or loading a state."
     check_whole(steps_per_epoch=(steps_per_epoch, 1))
     if self.steps_per_epoch is None:
-        self.register_buffer("training_steps", torch.zeros_like(self.at_epoch))
+        self.register_counter("training_steps")
         self.register_forward_pre_hook(_before_call, with_kwargs=True)
         self.register_forward_hook(_after_call, with_kwargs=True)
         self.register_state_dict_pre_hook(remember_previous)

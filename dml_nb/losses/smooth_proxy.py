@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, one_hot
+from torch.nn.functional import logsigmoid
 
 from ..core.checks import check_at_least
 from ..core.similarity import cosine, log1p_sum_exp
@@ -34,7 +34,8 @@ def smooth_proxy_anchor_loss(
     require_label: bool = True,  # members of a class must have its label too
 ) -> Tensor:  # scalar
     "Proxy Anchor with memberships by confidence (Roig et al. 2020), reconstructed."
-    own_BC, step_BC = one_hot(labels, sim_BC.shape[1]).bool(), beta * (conf_BC - center)
+    own_BC = labels[:, None] == torch.arange(sim_BC.shape[1], device=labels.device)
+    step_BC = beta * (conf_BC - center)
     pull_BC, push_BC = (own_BC, ~own_BC) if require_label else [torch.ones_like(own_BC)] * 2
     pull_C = log1p_sum_exp(logsigmoid(step_BC) - alpha * (sim_BC - delta), pull_BC, 0)
     push_C = log1p_sum_exp(logsigmoid(-step_BC) + alpha * (sim_BC + delta), push_BC, 0)

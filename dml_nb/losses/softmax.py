@@ -100,6 +100,8 @@ def norm_softmax_loss(
 class NormSoftmaxLoss(ProxyLoss):
     "Normalised softmax (Zhai and Wu, BMVC 2019)."
 
+    mean_over_samples = True
+
     def __init__(
         self,
         num_classes: int,  # C

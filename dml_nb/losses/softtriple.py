@@ -40,6 +40,8 @@ def proxy_spread(
 class SoftTripleLoss(DMLLoss):
     "SoftTriple (Qian et al., ICCV 2019)."
 
+    mean_over_samples = True
+
     def __init__(
         self,
         num_classes: int,  # C

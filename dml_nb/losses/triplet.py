@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from ..core.checks import check_at_least, check_default, unknown
-from .base import register
+from .base import count_distinct, register
 from .miners import TRIPLET_RULES, SemiHardMiner, pack_positives
 from .pair_base import PairLoss
 
@@ -130,5 +130,5 @@ def pairs(
     if self.rule_miner is None:
         return self.all_triplets(sim_BN, pos_BN, neg_BN)
     a, p, n = self.rule_miner.triplets(sim_BN.detach(), pos_BN, neg_BN)
-    self.active = a.unique().numel()
+    self.active = count_distinct(a, len(sim_BN))
     return self.triplets(sim_BN, a, p, n)

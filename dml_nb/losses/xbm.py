@@ -6,6 +6,8 @@
 __all__ = ['XBMLoss', 'check_pair_loss']
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #182a9293
+from inspect import signature
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
@@ -46,7 +48,7 @@ class XBMLoss(DMLLoss):
         if memory_dtype not in ("float32", "float16", "bfloat16"):
             raise unknown("memory_dtype", memory_dtype, ("float32", "float16", "bfloat16"))
         self.memory = CrossBatchMemory(memory_size, embedding_size, getattr(torch, memory_dtype), wrap)
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
+        self.register_counter("iteration")
         self.num_classes, self.embedding_size = num_classes, embedding_size
         self.start_iteration, self.start_epoch, self.has_schedule = start_iteration, start_epoch, start_epoch > 0
         self.weight, self.self_eps, self.enqueue = weight, self_eps, enqueue
@@ -67,7 +69,8 @@ def check_pair_loss(
         raise ValueError(
             f"the miner {type(loss.miner).__name__} cannot mine a memory: choose a miner from list_miners()."
         )
-    if not (isinstance(loss, PairLoss) and loss.normalised and loss.similarity(anchor, refs).shape == (1, 2)):
+    takes_references = isinstance(loss, PairLoss) and "ref_emb" in signature(loss.compute).parameters
+    if not (takes_references and loss.normalised and loss.similarity(anchor, refs).shape == (1, 2)):
         raise ValueError(
             f"the loss {name!r} cannot be compared with a memory: "
             "choose a pair loss on unit vectors, such as 'contrastive' or 'multi_similarity'."
@@ -125,9 +128,11 @@ def _mask_as_if_enqueued(
 ):
     "Mask the stored entries that the batch will overwrite, and each anchor's own copy."
     new = torch.arange(pos_BN.shape[1] - n_stored, device=pos_BN.device)
-    overwritten = self.memory.slots(len(new))
+    overwritten = torch.zeros_like(self.memory.labels, dtype=torch.bool).index_fill(
+        0, self.memory.slots(len(new)), True
+    )
     for mask in (pos_BN, neg_BN):
-        mask[:, overwritten[overwritten < n_stored]] = False
+        mask[:, :n_stored] &= ~overwritten[:n_stored]
     pos_BN[:, n_stored:] &= new != own_start + torch.arange(len(pos_BN), device=new.device)[:, None]
 
 # %% ../../nbs/40_losses/34_xbm.ipynb #3d55fe2f

@@ -218,11 +218,12 @@ def create_embedder(
     layer_norm: bool = False,  # standardise each feature vector before the embedding layer?
     frozen_bn: bool = False,  # keep the BN statistics fixed during training?
     image_size: int | None = None,  # side of the input in pixels, for `spec`; None: as the backbone was trained
+    image_resize: int | None = None,  # short side before the crop, in pixels; None: in the ratio of the backbone
 ) -> Embedder:  # images -> unit embeddings
     "An embedding network from the names of its parts."
     net = create_backbone(backbone, pretrained)
     head = EmbeddingHead(net.out_channels, embedding_size, layer_norm=layer_norm)
     model = Embedder(net, Pool(pool), head, frozen_bn)
-    if image_size is not None:
-        model.spec = model.spec.resized(image_size)
+    if image_size or image_resize:
+        model.spec = model.spec.resized(image_size or model.spec.crop, image_resize)
     return model

@@ -92,6 +92,7 @@ def image_transform(
 def resized(
     self: InputSpec,
     crop: int,  # new side of the square input, in pixels
+    resize: int | None = None,  # new short side before the crop, in pixels; None: in the same ratio
 ) -> InputSpec:
     "The same input at another size."
-    return replace(self, crop=crop, resize=round(crop * self.resize / self.crop))
+    return replace(self, crop=crop, resize=resize or round(crop * self.resize / self.crop))

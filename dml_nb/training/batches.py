@@ -175,7 +175,8 @@ def _make_dls(
         sampler = ClassSampler(train_labels, batch_size, per_class, seed)
     loader = train_loader(train, batch_size, seed, workers, sampler)
     loader.images_in_order = train_plain
-    dls = DMLDataLoaders(loader, eval_loader(test_plain, workers=workers), seed, **kwargs)
+    test_loader = eval_loader(test_plain, workers=workers, sampler=None if len(test_plain) else [])  # []: no batches
+    dls = DMLDataLoaders(loader, test_loader, seed, **kwargs)
     dls.train_plain, dls.train_labels = train_plain, train_labels
     dls.test_plain, dls.test_labels = test_plain, torch.as_tensor(test_plain.labels)
     dls.test_queries = None if queries is None else torch.as_tensor(queries)

@@ -29,6 +29,7 @@ from ..core.files import write_atomically
 from .callbacks import random_states
 from .joint_learner import NetworkAndLoss
 from .learner import DMLLearner
+from .precision import precision_of
 
 # %% ../../nbs/60_training/07_checkpoint.ipynb #7cdb1e2d
 def _plain(x):
@@ -54,6 +55,7 @@ def training_state(
         loss=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else {},
         opt=_plain(learn.opt.state_dict()),
         scaler=scaler.state_dict() if scaler else {},
+        precision=precision_of(learn),
         train_iter=learn.train_iter,
         pct_train=_plain(learn.pct_train),
         sampler=learn.dls.train.state_dict()["sampler"],
@@ -161,6 +163,8 @@ def resume(
     learn.create_opt()
     learn.opt.load_state_dict(state["opt"])
     learn.retrieval_metrics.history = state["history"]
+    if getattr(vars(learn).get("mixed_precision"), "precision", None) == "auto":
+        learn.mixed_precision.precision = state["precision"]  # both parts of a run compute alike
     learn.first_epoch, learn.resumed = state["epoch"] + 1, state
     print(f"resumes {describe_position(state)} ({path})")
     return learn.first_epoch

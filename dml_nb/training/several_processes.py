@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dml_nb.core.distributed import (
     average_gradients,
+    copy_from_first,
     gather,
     gather_with_grad,
     lost_process,
@@ -258,11 +259,7 @@ class SeveralProcesses(Callback):
     def copy_first_process(self):
         "Copy the state of network and loss from the first process to all others."
         for value in NetworkAndLoss(self.model, self.loss_func).state_dict().values():
-            if value.numel():
-                copy = value.contiguous()
-                with lost_process():
-                    dist.broadcast(copy, 0)
-                value.copy_(copy)
+            copy_from_first(value)
 
     def before_batch(self):
         gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
