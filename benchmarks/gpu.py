@@ -9,14 +9,14 @@ In this order: the CUDA tests; the benchmarks train, losses, retrieval and loade
 on CUB at the setting of the paper (60 epochs at 224 pixels), each with one seed; their report.
 
 A step takes minutes. Its output is shown and kept in `benchmarks/results/gpu-CARD/STEP.log`. A step that has ended well
-has a file `STEP.done` beside it and is skipped the next time; delete the file to repeat the step. Rows are written to
-`runs`; a row that was interrupted resumes from its checkpoint. A step that fails does not stop the others; the command
-then ends with status 1.
+has a file `STEP.done` beside it and is skipped the next time; delete the file to repeat the step. The report is always
+written again. Rows are written to `runs`; a row that was interrupted resumes from its checkpoint. If a step fails, the
+others still run, and the command ends with status 1.
 
 The rows need CUB (`dml_nb data cub`) and the weights of BN-Inception. Where those weights are absent, the rows use
 EfficientNet-Lite0 instead, and their results are recorded as another setting than the paper's. The rows train in
-float32 as the paper does. `--tiny` trains one row on photographs in the package and keeps everything in a folder of its
-own, so it replaces no result.
+float32, because the paper names no other precision. `--tiny` trains one row on photographs in the package and keeps
+everything in a folder of its own, so it replaces no result.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def tiny_steps(results: Path, runs: Path) -> dict[str, list[str]]:  # name -> co
 def execute(name: str, step: list[str], folder: Path) -> bool:
     "Run a step unless it is done; show its output and keep it."
     done, log = folder / f"{name}.done", folder / f"{name}.log"
-    if done.exists():
+    if done.exists() and name != "report":  # which must hold the rows of this time
         print(f"{name}: done before", flush=True)
         return True
     print(f"{name}: {' '.join(step)}", flush=True)
@@ -118,10 +118,12 @@ def execute(name: str, step: list[str], folder: Path) -> bool:
         for line in process.stdout:
             print(f"    {line}", end="", flush=True)
             file.write(line.replace(f"{ROOT}/", ""))
-    if process.wait() == 0:
-        done.touch()
-    print(f"{name}: {'done' if done.exists() else f'failed with status {process.returncode}, see {log}'}", flush=True)
-    return done.exists()
+    if status := process.wait():
+        print(f"{name}: failed with status {status}, see {log}", flush=True)
+        return False
+    done.touch()
+    print(f"{name}: done", flush=True)
+    return True
 
 
 def main():

@@ -38,7 +38,7 @@ from dml_nb.losses import create_loss, list_losses, loss_parameters
 
 D, PER_CLASS = 512, 8
 LIMIT_S, LIMIT_GB = 150, 10  # of one process
-DEVICE = "cuda" if "cuda" in sys.argv else "cpu"  # of `--device`, also in the processes of the cases
+DEVICE = "cpu"  # `main` sets it to `--device`
 HERE = Path(__file__).parent
 
 # our loss: (our parameters, their class, their parameters); C and D are added for losses with proxies
@@ -291,6 +291,7 @@ def measure_child(case):
 
 
 def main():
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--losses",
@@ -308,9 +309,10 @@ def main():
         help="folder of the CSV file. A full run is written to benchmarks/results. A run of some losses or batches is "
         "only printed unless this option is given; then it replaces the rows of its losses",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="device of the embeddings")
+    parser.add_argument("--device", default=DEVICE, choices=("cpu", "cuda"), help="device of the embeddings")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    DEVICE = args.device
     if args.child:
         return measure_child(args.child)
     unknown = set(args.losses or []) - set(list_losses())

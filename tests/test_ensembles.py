@@ -180,7 +180,8 @@ def test_the_gradient_cache_and_bfloat16_train_them(draw_photos):
 def test_a_run_creates_the_network_that_its_loss_names(system, draw_photos, tmp_path):
     draw_photos()
     (row,), place = find_rows(system), dict(dataset=str(tmp_path / "photos"), backbone="small_cnn")
-    small = dict(embedding_size=24, epochs=1, batch_size=6, per_class=3) | (dict(width=8) if system == "horde" else {})
+    few = dict(horde=dict(width=8), abe=dict(learners=2), deml=dict(objects=2, channels=1)).get(system, {})
+    small = dict(embedding_size=24, epochs=1, batch_size=6, per_class=3) | few
     run = Run(row.id, settings_for(row, **place, **small), 0, tmp_path / "run")
     learn = run.learner()
     assert type(learn.model) is NETWORKS[learn.loss_func.network["kind"]]

@@ -259,6 +259,7 @@ def test_a_killed_training_ends_as_one_without_interruption(dml_nb, glyph_folder
     done = subprocess.run([*command, "-o", "killed"], capture_output=True, **options)
     assert done.returncode == 0 and "epoch 1 of 4" not in done.stderr, done.stderr
     whole = subprocess.run([*command, "-o", "whole"], capture_output=True, **options)
+    assert whole.returncode == 0, whole.stderr
     verdicts = [
         next(line for line in each.stdout.splitlines() if line.startswith("Training")) for each in (done, whole)
     ]

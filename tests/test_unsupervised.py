@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 
 from dml_nb.data.glyphs import letter_folder
 from dml_nb.data.unlabelled import load_unlabelled
+from dml_nb.experiments import unlabelled_training
 from dml_nb.experiments.recipes import settings_for
 from dml_nb.experiments.tables import find_rows, load_recipes, row_of, slug
 from dml_nb.losses import create_loss
@@ -48,10 +49,10 @@ class KeepStudents(Callback):
 
     def after_create(self):
         if not self.students:
-            self.students.append(flat(self.loss_func.tensors(self.model)))
+            self.students.append(flat(self.loss_func.averaged_state(self.model)))
 
     def after_step(self):
-        self.students.append(flat(self.loss_func.tensors(self.model)))
+        self.students.append(flat(self.loss_func.averaged_state(self.model)))
 
     def after_batch(self):
         if len(self.students) - 1 == self.stop_after:
@@ -132,6 +133,28 @@ def test_no_row_without_labels_draws_batches_by_class():
             assert "per_class" not in settings_for(row, **where)
 
 
+@pytest.mark.parametrize("loss", WITHOUT_LABELS)
+def test_batches_by_class_are_refused_without_labels(loss):
+    row, where = row_of(f"own/{slug(loss)}"), dict(dataset="glyphs", backbone="small_cnn", batch_size=100)
+    with pytest.raises(ValueError, match=f"per_class draws batches by labels, which {loss} must not read"):
+        settings_for(row, **where, per_class=5)
+    assert "per_class" not in settings_for(row, **where, per_class=None)
+
+
+def test_a_training_on_unlabelled_pictures_uses_each_setting(tmp_path, monkeypatch):
+    monkeypatch.setattr(unlabelled_training, "usable_cpus", lambda: 0)  # no worker processes, for speed
+    letter_folder(tmp_path / "letters")
+    small = dict(epochs=1, embedding_size=8, batch_size=10, second_size=12, image_size=32)
+
+    def weights(**settings):
+        trained, _ = unlabelled_training.train_unlabelled(tmp_path / "letters" / "a", "small_cnn", **small | settings)
+        return flat(trained.state_dict())
+
+    resized = dict(train_crop="resize", image_resize=40)
+    settings = [{}, dict(crop_scale=1.0), dict(optimizer="sgd"), resized, resized | dict(image_resize=64)]
+    assert len({tuple(weights(**setting).tolist()) for setting in settings}) == len(settings)
+
+
 def test_the_table_of_methods_without_labels():
     claimed = {row.id.split("/")[1]: row.claimed["R@1"] for row in find_rows("unsupervised")}
     assert claimed == {
@@ -148,5 +171,6 @@ def test_the_table_of_methods_without_labels():
     on_sop, on_cub = (settings_for(row_of(f"003-unsupervised/{data}-stml")) for data in ("sop", "cub"))
     assert on_sop["params"] == dict(delta=0.9, neighbours=2, momentum=0.9) and on_cub["params"] == {}
     assert (on_cub["epochs"], on_cub["batch_size"], on_cub["schedule"]) == (90, 120, "cosine")
+    assert (on_sop["head_lr"], on_cub["head_lr"]) == (0.01, None)
     here = find_rows("unsupervised", "groceries-mini")
     assert [row.embedding_size for row in here] == [512, 128, 512]

@@ -24,7 +24,7 @@ class CountingModule(nn.Module):
         name: str,  # of the buffer
         start: int = 0,  # first value
     ):
-        "Add a buffer with one whole number."
+        "Add a buffer that holds one whole number and stays on the CPU."
         self.register_buffer(name, torch.tensor(start))
         self.counters.append(name)
 

@@ -66,7 +66,8 @@ def _layer_source(row: Row, settings: dict, layer: str, key: str) -> str:
     if layer.startswith("training"):
         return _training_source(row, settings, layer, key)
     if layer == "method":
-        is_replaced = key in source_training(row).get("finetune", {}).get("*", {})  # where that layer counts
+        # The layer `training` sets this value too, but it is not used for this data set.
+        is_replaced = key in source_training(row).get("finetune", {}).get("*", {})
         account = load_recipes()["training"]["guess"] if is_replaced else source_training(row)
         return _guess_elsewhere(row, settings, account.get(key, row.recipe["source"]))
     return _common_source(row, settings, layer, key)

@@ -41,7 +41,7 @@ OPTIONAL = (  # left out when nothing sets them
     *("on_corrupt", "per_class", "noise", "evaluate_every", "optimizer", *OPTIMIZER_VALUES, *CROPS, *SPLITS),
     *("deviation_images", "precision", "compile", "deterministic"),
 )
-USUAL = dict(optimizer="adamw", resize_first=False, crop_scale=0.08)  # left out too: stored runs do not have them
+USUAL = dict(optimizer="adamw", resize_first=False, crop_scale=0.08)  # left out, because stored runs lack them
 LEARNER_SETTINGS = (  # arguments of `dml_learner`
     *("lr", "head_lr", "proxy_lr_mult", "weight_decay", "warm_epochs", "clip_value", "recall_at", "evaluate_every"),
     *("precision", "compile", "deterministic", "deviation_images", "optimizer", *OPTIMIZER_VALUES),
@@ -149,11 +149,12 @@ def check_setting_names(
 
 # %% ../../nbs/70_experiments/01_recipes.ipynb #23e3bf8c
 WHOLE_NUMBERS = dict(  # setting -> smallest value
-    epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, image_size=32, evaluate_every=1
+    **dict(epochs=1, batch_size=1, embedding_size=1, warm_epochs=0, per_class=2, evaluate_every=1, deviation_images=1),
+    **dict(image_size=32, image_resize=32, holdout=0, fold=0, shots=2, split_seed=0),
 )
-WHOLE_NUMBERS |= dict(holdout=0, fold=0, shots=2, split_seed=0, image_resize=32, deviation_images=1)
-NUMBERS = dict(lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0)  # setting -> smallest value
-NUMBERS |= dict(crop_scale=0)
+NUMBERS = dict(  # setting -> smallest value
+    lr=0, head_lr=0, weight_decay=0, proxy_lr_mult=0, gamma=0, clip_value=0, crop_scale=0
+)
 MAY_BE_NONE = ("per_class", "holdout", "head_lr", "clip_value", "noise", "image_size", "deviation_images", *SPLITS)
 CHOICES = dict(
     regime=REGIMES,
@@ -248,6 +249,8 @@ def check_settings(
     if per_class and batch % per_class:
         remedy = "choose another, or --set per_class=null for random batches."
         raise ValueError(f"batch_size {batch} is not a multiple of per_class {per_class}: {remedy}")
+    if per_class and settings["loss"] in load_recipes()["without_labels"]:
+        raise ValueError(f"per_class draws batches by labels, which {settings['loss']} must not read: leave it out.")
     name, params = current_loss(settings["loss"], params)
     loss = create_loss(name, num_classes=num_classes, embedding_size=2, **params)
     if getattr(loss, "network", None) and settings["regime"] == "frozen":

@@ -14,7 +14,7 @@ import torch
 from ..data.loaders import usable_cpus
 from ..data.samplers import default_batch_size
 from ..data.unlabelled import load_unlabelled
-from .recipes import settings_for
+from .recipes import LEARNER_SETTINGS, settings_for
 from .tables import row_of
 from ..losses import create_loss
 from ..models.embedder import Embedder, create_embedder
@@ -37,7 +37,7 @@ def unlabelled_settings(
 
 def train_unlabelled(
     folder: str | Path,  # a flat folder of pictures
-    backbone: str = "efficientnet_lite0",  # a pretrained network; "small_cnn" begins at random weights
+    backbone: str = "efficientnet_lite0",  # a pretrained network; "small_cnn" starts from random weights
     seed: int = 0,  # of initialisation, batches and augmentation
     **overrides,  # any setting or parameter of the loss, given by hand
 ) -> tuple[Embedder, dict]:  # the network after the last epoch, and facts for `save_model`
@@ -46,12 +46,12 @@ def train_unlabelled(
     s = unlabelled_settings(len(data.train), folder, backbone, **overrides)
     torch.manual_seed(seed)
     parts = s["embedding_size"], s["pool"], backbone != "small_cnn", s["layer_norm"], s["frozen_bn"]
-    model = create_embedder(backbone, *parts, image_size=s.get("image_size"))
-    dls = image_dls(data, model.spec, s["batch_size"], seed, s["train_crop"], usable_cpus())
+    model = create_embedder(backbone, *parts, image_size=s.get("image_size"), image_resize=s.get("image_resize"))
+    crop = {name: s[name] for name in ("train_crop", "resize_first", "crop_scale") if name in s}
+    dls = image_dls(data, model.spec, s["batch_size"], seed, workers=usable_cpus(), **crop)
     loss = create_loss(s["loss"], embedding_size=s["embedding_size"], **s["params"])
-    rates = dict(lr=s["lr"], weight_decay=s["weight_decay"], warm_epochs=s["warm_epochs"])
-    learn = dml_learner(dls, model, loss, clip_value=s["clip_value"], **rates)
-    with learn.no_logging():  # no metrics are there to be logged
+    learn = dml_learner(dls, model, loss, **{name: s[name] for name in LEARNER_SETTINGS if name in s})
+    with learn.no_logging():  # there is no metric to log
         learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"])
     facts = dict(name=data.name, verdict="trained without labels; nothing was measured", kept="trained", loss=s["loss"])
     facts |= dict(settings=s, seed=seed, epochs=s["epochs"], train_images=len(data.train), data_checksum=data.checksum)

@@ -145,9 +145,9 @@ def eval_command(
     "Measure a model on labelled images, beside the untrained network."
     with progress_to_stderr(quiet):
         choose_device(device)
-        from dml_nb.face.model_report import model_report
+        from dml_nb.face.model_report import measure_model
 
-        report = model_report(model, source, far, unseen, baseline, device)
+        report = measure_model(model, source, far, unseen, baseline, device)
     if as_json:
         return typer.echo(json.dumps(report, ensure_ascii=False))
     typer.echo(f"{report['images']:,} images of {report['classes_measured']:,} classes")
@@ -190,9 +190,9 @@ def export_command(
     "Write a model for programs without dml_nb, after a check on photographs."
     with progress_to_stderr(quiet) as say:
         say("exporting, then checking on photographs ...")
-        from dml_nb.face.export_model import export_model
+        from dml_nb.face.export_model import export_network
 
-        file, difference = export_model(model, out, "onnx" if onnx else "torch", prepare)
+        file, difference = export_network(model, out, "onnx" if onnx else "torch", prepare)
     if as_json:
         return typer.echo(json.dumps(dict(file=str(file), largest_difference=difference)))
     takes = (

@@ -27,7 +27,7 @@ from ..data.image_sets import ImageSet, RetrievalData
 from ..experiments.record import environment
 from ..experiments.run import Run
 from ..experiments.time_estimate import format_duration
-from .model_card import mean_metrics, model_card, verdict
+from .model_card import card_text, mean_metrics, verdict
 from .model_folder import FACTS, TRAINING, explain_full_disk, load_model, read_facts, save_model
 from .own_images import own_data, own_settings
 from ..models.embedder import Embedder, EmbeddingHead, create_backbone, create_embedder
@@ -255,7 +255,7 @@ def write_model(
     facts |= dict(epochs=len(history), best_epoch=best_epoch(learn.retrieval_metrics.history), metrics=metrics)
     save_model(model, self.folder, s["backbone"], **facts, environment=environment())
     info = read_facts(self.folder)
-    write_atomically(self.model_folder / "card.md", lambda p: p.write_text(model_card(info), encoding="utf-8"))
+    write_atomically(self.model_folder / "card.md", lambda p: p.write_text(card_text(info), encoding="utf-8"))
     for name in ("model.safetensors", FACTS):  # the facts last: they make the folder a model
         (self.folder / name).replace(self.model_folder / name)
     return info

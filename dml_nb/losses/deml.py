@@ -6,11 +6,13 @@
 __all__ = ['DeMLLoss']
 
 # %% ../../nbs/40_losses/46_deml.ipynb #a4600004
+import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
 from ..core.checks import check_at_least, check_whole
 from ..core.parts import Parts, learner_sizes
+from ..core.similarity import euclidean
 from .base import DMLLoss, register
 from .binomial_deviance import BinomialDevianceLoss
 
@@ -27,7 +29,7 @@ class DeMLLoss(DMLLoss):
         channels: int = 3,  # learners J of each stream
         activation: float = 0.014,  # λ_act
         adversary: float = 0.2,  # λ_adv
-        margin: float = 2.0,  # M, a squared distance
+        margin: float = 2.0,  # M, a distance
         alpha: float = 2.0,  # slope on positives
         beta: float = 0.5,  # threshold, a similarity
         cost: float = 35.0,  # c of negatives; their slope is alpha * cost
@@ -51,8 +53,8 @@ class DeMLLoss(DMLLoss):
         parts = Parts.unpack(embeddings, sizes)
         value = self.adversary * self.adversaries(parts.unit_stack())
         for part in parts.embeddings:
-            value = value + self.deviance(part, labels)
-            value = value + self.activation * part.square().sum(1).mean() / max(part.shape[1], 1)
+            act = part.square().sum(1).mean() / max(part.shape[1], 1)
+            value = value + (self.deviance(part, labels) + self.activation * act) / self.channels
         return value
 
     def adversaries(
@@ -60,6 +62,7 @@ class DeMLLoss(DMLLoss):
         z_nBd: Tensor,  # (I*J, B, d) unit embeddings
     ) -> Tensor:  # scalar
         "Push the learners of a stream apart, on each image."
-        z_IBJd = z_nBd.unflatten(0, (self.objects, self.channels)).transpose(1, 2)
-        dist_IBJJ = 2 - 2 * z_IBJd @ z_IBJd.mT
-        return relu(self.margin - dist_IBJJ).triu(1).sum() / 2 / z_nBd.shape[1]
+        z_IJBd, J = z_nBd.unflatten(0, (self.objects, self.channels)), self.channels
+        k, other = torch.triu_indices(J, J, 1, device=z_nBd.device)  # each pair of learners once
+        dist_IPB = euclidean((z_IJBd[:, k] * z_IJBd[:, other]).sum(-1), 1e-12)
+        return relu(self.margin - dist_IPB).square().sum() / 2 / z_nBd.shape[1]

@@ -30,7 +30,7 @@ class DivideAndConquerLoss(TrainingSetLoss):
         self,
         clusters: int = 8,  # K, number of clusters and of slices
         refresh_every: int = 2,  # T, epochs from one clustering to the next
-        joint_share: float = 0.05,  # last part of the epochs, in which the whole embedding is trained
+        joint_share: float = 0.05,  # share of the epochs at the end, in which the whole embedding is trained
         pair_loss: str = "margin",  # ℓ, name of a loss without class proxies
         pair_params: dict | None = None,  # its parameters
     ):
@@ -61,12 +61,8 @@ class DivideAndConquerLoss(TrainingSetLoss):
             value, self.active = self.pair_loss(embeddings, labels), self.pair_loss.active
             return value
         self.check_size(embeddings.shape[1])
-        slices, cluster_B, value, self.active = (
-            embeddings.chunk(self.clusters, 1),
-            self.cluster_N[sample_ids.long()],
-            0,
-            0,
-        )
+        slices, cluster_B = embeddings.chunk(self.clusters, 1), self.cluster_N[sample_ids.long()]
+        value = self.active = 0
         for k in cluster_B.unique().tolist():
             rows = cluster_B == k
             value = value + rows.float().mean() * self.pair_loss(slices[k][rows], labels[rows])

@@ -54,7 +54,7 @@ class HTLLoss(TrainingSetLoss):
         self,
         beta: float = 0.1,  # β, smallest margin
         levels: int = 16,  # L, levels of the tree
-        group: int = 4,  # m, classes of a batch that are neighbours of each other
+        group: int = 4,  # m, neighbouring classes that come into a batch together
         squared: bool = False,  # squared distances in the triplets
         refresh_every: int = 1,  # epochs between two trees
     ):

@@ -25,7 +25,7 @@ def instance_loss(
     neg_BM: Tensor,  # (B, M) boolean: a stored key of another image
     temperature: float = 0.07,  # τ
 ) -> Tensor:  # scalar
-    "InfoNCE (He et al. 2020, Eq. 1); a query with several positives counts with their mean."
+    "InfoNCE (He et al. 2020, Eq. 1), averaged over the positives of a query and then over the queries."
     m_B = masked_logsumexp(sim_BM / temperature, neg_BM)
     loss_BB = F.softplus(m_B[:, None] - sim_BB / temperature)
     count_B = pos_BB.sum(1)

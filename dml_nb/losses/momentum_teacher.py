@@ -80,7 +80,7 @@ class MomentumTeacherLoss(TrainingSetLoss):
         self.register_module("second_head", None)  # an embedding layer that is used in training only
         self.register_buffer("teacher_P", torch.zeros(0))
 
-    def tensors(
+    def averaged_state(
         self,
         network: nn.Module,  # the student
     ) -> dict[str, Tensor]:  # name -> weights, and statistics of BatchNorm
@@ -99,24 +99,24 @@ class MomentumTeacherLoss(TrainingSetLoss):
             self.second_head = nn.Linear(layer.in_features, self.second_size).to(layer.weight)
             nn.init.orthogonal_(self.second_head.weight)
             nn.init.zeros_(self.second_head.bias)
-        self.teacher_P = flat(self.tensors(network))
+        self.teacher_P = flat(self.averaged_state(network))
 
     @torch.no_grad()
-    def follow(
+    def update_teacher(
         self,
         network: nn.Module,  # after a step of the optimiser
     ):
         "Move the teacher towards the student."
-        self.teacher_P.copy_(exponential_average(self.teacher_P, flat(self.tensors(network)), self.momentum))
+        self.teacher_P.copy_(exponential_average(self.teacher_P, flat(self.averaged_state(network)), self.momentum))
 
-    def teacher_tensors(
+    def teacher_state(
         self,
-        network: nn.Module,  # the student, which tells names and shapes
-    ) -> dict[str, Tensor]:  # name -> view of a part of the teacher
-        "The teacher in the form of `tensors`."
-        like = self.tensors(network)
-        parts = self.teacher_P.split([value.numel() for value in like.values()])
-        return {name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(like.items(), parts)}
+        network: nn.Module,  # the student, whose names and shapes the teacher has
+    ) -> dict[str, Tensor]:  # name -> weights or statistics of the teacher
+        "The teacher in the form of `averaged_state`."
+        student = self.averaged_state(network)
+        parts = self.teacher_P.split([value.numel() for value in student.values()])
+        return {name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(student.items(), parts)}
 
 
 def flat(
@@ -130,8 +130,8 @@ def flat(
 def student_output(
     self: MomentumTeacherLoss,
     embeddings: Tensor,  # (B, D) of the network
-    layer_input: Tensor,  # (B, C) input of its embedding layer
-    layer_output: Tensor,  # (B, D) output of its embedding layer, which need not have length 1
+    features: Tensor | None,  # (B, C) input of its head; None if the loss has no second head
+    unscaled: Tensor | None,  # (B, D) output of its last linear layer, before it is scaled to length 1; or None
 ) -> Tensor:  # (B, E), the embeddings for the loss
     "What the loss compares of the student."
     return embeddings
@@ -141,8 +141,8 @@ def student_output(
 def teacher_output(
     self: MomentumTeacherLoss,
     embeddings: Tensor,  # (B, D) of the teacher
-    layer_input: Tensor,  # (B, C) input of its embedding layer
-    tensors: dict[str, Tensor],  # from `teacher_tensors`
+    features: Tensor | None,  # (B, C) input of its head; None if the loss has no second head
+    state: dict[str, Tensor],  # of the teacher, from `teacher_state`
 ) -> Tensor:  # (B, G), the `ref_emb` for the loss
     "What the loss takes from the teacher."
     return embeddings

@@ -64,7 +64,7 @@ def refresh(
     kmeans: Callable,  # `kmeans(x, k, seed)` -> (N,) cluster of each row
     nearest: Callable | None = None,  # not used
 ):
-    "Cluster the training set, and give each cluster the number of the old one that shares most images."
+    "Cluster the training set, and number the clusters so that most images keep their label."
     K = max(1, min(self.clusters, len(x_ND) // 2))
     new_N = kmeans(unit(x_ND), K, self.epoch).to(self.cluster_N.device)
     if len(self.cluster_N) == len(new_N):

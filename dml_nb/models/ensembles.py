@@ -139,7 +139,7 @@ class EnsembleNetwork(Embedder):
     def forward(
         self,
         x: Tensor,  # (B, channels, H, W), prepared according to `spec`
-    ) -> Tensor:  # (B, W) packed parts while training, else (B, D)
+    ) -> Tensor:  # parts of all learners side by side while training, else (B, D)
         if x.ndim != 4 or x.shape[1] != self.spec.channels:
             raise ValueError(
                 f"the network expects images of shape (B, {self.spec.channels}, H, W), got {tuple(x.shape)}: "

@@ -198,7 +198,7 @@ READ_EVERY = 50  # steps on a GPU between two moments at which the program waits
 def steps_between_reads(
     model: nn.Module,  # on the device of the training
 ) -> int:
-    "How many steps apart a training reads values: on a CPU it reads them in every step, because nothing waits there."
+    "How many steps apart a training reads values; on a CPU it is every step, because nothing waits there."
     return READ_EVERY if next(model.parameters()).is_cuda else 1
 
 

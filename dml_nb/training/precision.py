@@ -123,7 +123,7 @@ class HalfPrecision(MixedPrecision):
 
 def precision_of(
     learn,  # a Learner
-) -> str:  # "float32", "bf16" or "fp16"; "auto" before its first training
+) -> str:  # "float32", "bf16" or "fp16"; "auto" before it was measured
     "The precision in which a Learner trains."
     found = [callback for callback in learn.cbs if isinstance(callback, MixedPrecision)]
     if not found:

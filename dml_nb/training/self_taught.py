@@ -21,7 +21,7 @@ from .training_set import RefreshFromTrainingSet
 
 # %% ../../nbs/60_training/10_self_taught.ipynb #6aa00009
 class MomentumTeacher(Callback):
-    "Give the loss the embeddings of a teacher, and let the teacher follow the network."
+    "Give the loss the embeddings of a teacher, and update the teacher after each step."
 
     order, run_valid = SeveralProcesses.order - 1, False  # before the parts of the processes are gathered
 
@@ -31,39 +31,40 @@ class MomentumTeacher(Callback):
     @contextmanager
     def during_fit(self):
         "Read the input of the head and the output of its linear layer, if the loss needs them."
-        self.head_input = self.layer_output = None
+        self.features = self.unscaled = None
         with ExitStack() as hooks:
             if self.loss_func.second_size is not None:
                 network = get_model(self.model)
                 head, layer = getattr(network, "head", network), embedding_layer(network)
                 for handle in (
-                    head.register_forward_pre_hook(lambda _, inputs: setattr(self, "head_input", inputs[0])),
-                    layer.register_forward_hook(lambda *call: setattr(self, "layer_output", call[-1])),
+                    head.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0])),
+                    layer.register_forward_hook(lambda *call: setattr(self, "unscaled", call[-1])),
                 ):
                     hooks.callback(handle.remove)
             yield
-        self.head_input = self.layer_output = None
+        self.features = self.unscaled = None
 
     def after_pred(self):
         labels, *_, ids = self.yb
-        student = self.loss_func.student_output(self.pred, self.head_input, self.layer_output)
-        teacher = self.teach(self.xb)
+        student = self.loss_func.student_output(self.pred, self.features, self.unscaled)
+        teacher = self.teacher_output(self.xb)  # from here on, `features` are those of the teacher
         self.learn.pred, self.learn.yb = student, (labels, None, teacher, None, ids)
 
     @torch.no_grad()
-    def teach(
+    def teacher_output(
         self,
         inputs,  # of the network, a list or tuple of tensors
     ) -> Tensor:  # (B, G), float32
-        "What the teacher says about a batch."
-        network, tensors = get_model(self.model), self.loss_func.teacher_tensors(get_model(self.model))
-        weights = {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}
+        "What the loss takes from the teacher for a batch."
+        network = get_model(self.model)
+        state = self.loss_func.teacher_state(network)
+        weights = {name.removeprefix("network."): v for name, v in state.items() if name.startswith("network.")}
         with evaluating(network):
             embeddings = functional_call(network, weights, tuple(inputs))
-        return self.loss_func.teacher_output(embeddings, self.head_input, tensors).float()
+        return self.loss_func.teacher_output(embeddings, self.features, state).float()
 
     def after_step(self):
-        self.loss_func.follow(get_model(self.model))
+        self.loss_func.update_teacher(get_model(self.model))
 
 
 @contextmanager

@@ -201,7 +201,7 @@ class RankLoader(BatchLoader):
         images, sampler = whole.dataset.dataset, RankSampler(whole.sampler, rank, world)
         super().__init__(images, sampler, whole.dataset.seed, whole.num_workers, shuffled=True)
         self.whole = whole
-        for name in ("position", "in_order", "device", "spec", "classes"):
+        for name in ("position", "images_in_order", "device", "spec", "classes"):
             setattr(self, name, getattr(whole, name, None))
         self.divides_tensors = isinstance(images, TensorSet)
         if self.divides_tensors:
