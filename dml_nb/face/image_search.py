@@ -7,6 +7,7 @@ __all__ = ['identify_classes']
 
 # %% ../../nbs/80_face/07_image_search.ipynb #b7000004
 import shutil
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -131,15 +132,15 @@ def contact_sheet(
 ) -> Figure:  # one line for each query
     "Each query with the images that were found."
     columns = 1 + max(map(len, results))
-    figure = Figure(figsize=(size * columns, 1.3 * size * len(paths)), layout="tight")
+    figure = Figure(figsize=(size * columns, 1.5 * size * len(paths)), layout="tight")
     for row, path, found in zip(figure.subplots(len(paths), columns, squeeze=False), paths, results):
-        shown = [(open_image(path), f"query\n{Path(path).name[-22:]}")]
+        shown = [(open_image(path), ["query", Path(path).name])]
         for each in found:
-            title = f"{each['class'] or each['name']}"[-22:]
-            shown.append((open_image(self.image_path(each["name"], root)), f"{each['similarity']:.3f}\n{title}"))
+            title = [f"{each['similarity']:.3f}", str(each["class"] or each["name"])]
+            shown.append((open_image(self.image_path(each["name"], root)), title))
         for ax in row:
             ax.axis("off")
-        for ax, (image, title) in zip(row, shown):
+        for ax, (image, (head, name)) in zip(row, shown):
             ax.imshow(image)
-            ax.set_title(plain_text(title), fontsize=7, pad=3)
+            ax.set_title(plain_text("\n".join([head, *textwrap.wrap(name, 24)[:2]])), fontsize=7, pad=3)
     return figure

@@ -68,7 +68,7 @@ def card_text(
         "```python\nimport dml_nb\n\nmodel = dml_nb.load_model(FOLDER)\n```",
         f"Licence of the pretrained weights: {info['weights_licence']}.",
         "## Settings",
-        pd.DataFrame({"value": flat_settings(used)}).astype(str).to_markdown(),
+        pd.DataFrame({"value": {name: str(value) for name, value in flat_settings(used).items()}}).to_markdown(),
         f"Content of the images: {info['data_checksum']}. Conditions: {json.dumps(info['environment'])}.",
         f"Classes trained on: {', '.join(classes['train'])}. Held out: {', '.join(classes['held'])}.",
     ]
