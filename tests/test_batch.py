@@ -744,3 +744,10 @@ def test_a_batch_ends_at_sigterm_though_its_run_could_finish(tmp_path, monkeypat
         job_module.run_job(job, tmp_path, say=said.append)
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
     assert "stopped by SIGTERM" in said[-1] and not list(tmp_path.glob("**/failed.json"))
+
+
+def test_on_fixed_features_a_table_leaves_out_systems_that_train_a_network_of_their_own(capsys):
+    rows = [*find_rows("001-T1/cub-hdc"), *find_rows("margin")[:1]]
+    runnable = batch._runnable(rows, "glyphs", "small_cnn", "frozen")
+    assert runnable == rows[1:]
+    assert "left out: 001-T1/cub-hdc: its loss trains several embeddings" in capsys.readouterr().out

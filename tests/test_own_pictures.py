@@ -106,17 +106,17 @@ def prepared(trained, tmp_path_factory) -> Path:
     save_model(create_embedder("small_cnn", 32, pretrained=False), top / "other", "small_cnn")
     save_model(create_embedder("small_cnn", 64, pretrained=False), top / "wide", "small_cnn")
     copytree(top / "model", top / "newer")
-    facts = json.loads((top / "newer/model.json").read_text())
-    (top / "newer/model.json").write_text(json.dumps(facts | dict(format=99)))
+    facts = json.loads((top / "newer/model.json").read_text(encoding="utf-8"))
+    (top / "newer/model.json").write_text(json.dumps(facts | dict(format=99)), encoding="utf-8")
     copytree(top / "index", top / "mixed", ignore=lambda *_: ["model"])
     copytree(top / "other", top / "mixed" / "model")
-    (top / "text.jpg").write_text("no picture")
+    (top / "text.jpg").write_text("no picture", encoding="utf-8")
     return top
 
 
 def _set_root(index: Path, root: Path):
-    facts = json.loads((index / "index.json").read_text())
-    (index / "index.json").write_text(json.dumps(facts | dict(root=str(root))))
+    facts = json.loads((index / "index.json").read_text(encoding="utf-8"))
+    (index / "index.json").write_text(json.dumps(facts | dict(root=str(root))), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from dml_nb.experiments.run_store import (
 )
 from .tables import Row, why_not_runnable
 from .time_estimate import estimate_time
+from ..losses import create_loss
 from ..models import why_no_weights
 from ..models.features import cached_features
 
@@ -265,8 +266,11 @@ def _missing_data(dataset: str) -> str | None:
     return f"{dataset} is not on this machine: `dml_nb data {dataset}` gets it or says how" if known else None
 
 
-def _runnable(rows: list[Row], dataset: str | None, backbone: str | None) -> list[Row]:
+def _runnable(rows: list[Row], dataset: str | None, backbone: str | None, regime: str) -> list[Row]:
     reasons = {row: why_not_runnable(row, dataset, backbone) or _missing_data(dataset or row.dataset) for row in rows}
+    for row in [row for row in rows if regime == "frozen" and not reasons[row]]:
+        if hasattr(create_loss(row.recipe["loss"], num_classes=100, embedding_size=2), "network"):
+            reasons[row] = "its loss trains several embeddings inside the network: use --regime finetune"
     runnable = [row for row in rows if not reasons[row]]
     for row in rows if runnable else []:
         if reasons[row]:
@@ -321,7 +325,7 @@ def run_rows(
     started, out = perf_counter(), Path(out)
     if cluster is not None:
         cluster.check()
-    jobs = plan_jobs(_runnable(rows, dataset, backbone), seeds, dataset, backbone, regime, **overrides)
+    jobs = plan_jobs(_runnable(rows, dataset, backbone, regime), seeds, dataset, backbone, regime, **overrides)
     for job in jobs:
         for text in (text for row in job.rows for text in stale_runs(out, row, job.settings, job.seed, job.asked)):
             print(f"stale: {text}")

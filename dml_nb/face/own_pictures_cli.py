@@ -53,7 +53,7 @@ def progress_to_stderr(
     "What a function of the library prints is progress; give the function that shows a line of it."
     if quiet or not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-    with redirect_stdout(open(os.devnull, "w") if quiet else sys.stderr):
+    with redirect_stdout(open(os.devnull, "w", encoding="utf-8") if quiet else sys.stderr):
         yield (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
 
 # %% ../../nbs/80_face/10_own_pictures_cli.ipynb #ba000009
