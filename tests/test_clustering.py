@@ -4,11 +4,9 @@ import random
 import shutil
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
+from test_checkpoint import At, same, silent
 from test_several_processes import FloatLog
 from torch import nn
 
@@ -53,33 +51,11 @@ def new_learner(name, per_class=None, cbs=(), **options):
     loss = new_loss(name)
     torch.manual_seed(0)
     options = dict(lr=1e-2, proxy_lr_mult=1.0, warm_epochs=0) | options
-    learn = dml_learner(loaders(per_class), EmbeddingHead(16, D), loss, cbs=cbs, **options)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = lambda *_: None
-    return learn
-
-
-class At(Callback):
-    "Do something after one training step."
-
-    order = 80
-
-    def __init__(self, epoch, step, action):
-        self.at, self.action = (epoch, step), action
-
-    def after_batch(self):
-        if self.training and (self.epoch, self.iter) == self.at:
-            self.action()
+    return silent(dml_learner(loaders(per_class), EmbeddingHead(16, D), loss, cbs=cbs, **options))
 
 
 def state(learn):
     return NetworkAndLoss(learn.model, learn.loss_func).state_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[key].numpy(), other[key].numpy(), equal_nan=one[key].is_floating_point()) for key in one
-    )
 
 
 @pytest.mark.parametrize("per_class", [None, 4])

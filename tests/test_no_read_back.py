@@ -59,23 +59,28 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch):
-    "No tensor is on the CPU; `tolist`, `numpy` and `cpu` are counted, because they bypass the dispatcher here."
-    reads = Counter()
+def watch_copies(monkeypatch, note):
+    "Call `note(name)` at `tolist`, `numpy` and `cpu`, which bypass the dispatcher for a tensor on the CPU."
 
-    def counted(name):
+    def watched(name):
         plain = getattr(torch.Tensor, name)
 
         def method(self, *args, **kwargs):
-            reads[name] += 1
+            note(name)
             return plain(self, *args, **kwargs)
 
         return method
 
-    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
     for name in ("tolist", "numpy", "cpu"):
-        monkeypatch.setattr(torch.Tensor, name, counted(name))
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    "No tensor is on the CPU; reads are counted."
+    reads = Counter()
+    watch_copies(monkeypatch, lambda name: reads.update([name]))
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
     return reads
 
 

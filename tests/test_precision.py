@@ -7,8 +7,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastcore.basics import noop
-from test_no_read_back import WAITS, values_decide_size
+from test_checkpoint import silent
+from test_no_read_back import WAITS, values_decide_size, watch_copies
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,10 +43,8 @@ def new_learner(loss="proxy_anchor", model=None, **options):
     x = torch.randn(6, 16, generator=generator)[y] + 0.8 * torch.randn(48, 16, generator=generator)
     loss = create_loss(loss, num_classes=6, embedding_size=8, **LOSSES[loss])
     options = dict(lr=1e-2, proxy_lr_mult=1.0, warm_epochs=0) | options
-    learn = dml_learner(feature_dls(x, y, x, y, 12), EmbeddingHead(16, 8) if model is None else model, loss, **options)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
+    model = EmbeddingHead(16, 8) if model is None else model
+    return silent(dml_learner(feature_dls(x, y, x, y, 12), model, loss, **options))
 
 
 def weights(learn):
@@ -81,18 +79,7 @@ class CountReads(TorchDispatchMode):
 def counter(monkeypatch):
     "Counts `cpu`, `tolist` and `numpy` too, which bypass the dispatcher for a tensor on the CPU."
     counter = CountReads()
-
-    def counted(name):
-        plain = getattr(torch.Tensor, name)
-
-        def method(self, *args, **kwargs):
-            counter.note(name)
-            return plain(self, *args, **kwargs)
-
-        return method
-
-    for name in ("cpu", "tolist", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    watch_copies(monkeypatch, counter.note)
     with counter:
         yield counter
 

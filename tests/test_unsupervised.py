@@ -141,8 +141,7 @@ def test_batches_by_class_are_refused_without_labels(loss):
     assert "per_class" not in settings_for(row, **where, per_class=None)
 
 
-def test_a_training_on_unlabelled_pictures_uses_each_setting(tmp_path, monkeypatch):
-    monkeypatch.setattr(unlabelled_training, "usable_cpus", lambda: 0)  # no worker processes, for speed
+def test_a_training_on_unlabelled_pictures_uses_each_setting(tmp_path):
     letter_folder(tmp_path / "letters")
     small = dict(epochs=1, embedding_size=8, batch_size=10, second_size=12, image_size=32)
 

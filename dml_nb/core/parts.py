@@ -45,6 +45,15 @@ class Parts(NamedTuple):
             f"create the loss for the embedding size of its network."
         )
 
+    @classmethod
+    def unpack_evenly(
+        cls,
+        matrix: Tensor,  # (B, D), all parts side by side
+        learners: int,  # n
+    ) -> "Parts":
+        "Cut a matrix into parts of equal size; if n does not divide D, their sizes differ by at most one."
+        return cls.unpack(matrix, learner_sizes(matrix.shape[1], [1] * learners))
+
 # %% ../../nbs/10_core/10_parts.ipynb #a0f1000b
 def learner_sizes(
     embedding_size: int,  # D

@@ -176,13 +176,13 @@ def subset(
 
 # %% ../../nbs/20_data/01_image_sets.ipynb #b1000023
 @patch
-def holdout(
-    self: RetrievalData,
-    fraction: float = 0.2,  # share of the training classes in the new test split
-    seed: int = 0,  # selects the classes
-) -> RetrievalData:  # made from the training classes only
-    "Split the training classes again, to choose hyperparameters without the test classes."
-    C = len(self.train.classes)
+def hold_out(
+    self: ImageSet,
+    fraction: float,  # share of the classes in the second part
+    seed: int,  # selects the classes
+) -> list[ImageSet]:  # two, of disjoint classes
+    "Divide the images by class."
+    C = len(self.classes)
     held = max(2, round(fraction * C))
     if C - held < 2:
         raise ValueError(
@@ -190,8 +190,15 @@ def holdout(
             "are needed: add classes, or hold out a smaller share."
         )
     order = np.random.default_rng(seed).permutation(C)
-    parts = {
-        part: self.train.subset(np.sort(ids).tolist(), f"{self.train.name}/{part}")
-        for part, ids in (("fit", order[held:]), ("held", order[:held]))
-    }
-    return RetrievalData(f"{self.name} (holdout {fraction:g}, seed {seed})", parts["fit"], parts["held"])
+    parts = dict(fit=order[held:], held=order[:held])
+    return [self.subset(np.sort(ids).tolist(), f"{self.name}/{part}") for part, ids in parts.items()]
+
+
+@patch
+def holdout(
+    self: RetrievalData,
+    fraction: float = 0.2,  # share of the training classes in the new test split
+    seed: int = 0,  # selects the classes
+) -> RetrievalData:  # made from the training classes only
+    "Split the training classes again, to choose hyperparameters without the test classes."
+    return RetrievalData(f"{self.name} (holdout {fraction:g}, seed {seed})", *self.train.hold_out(fraction, seed))

@@ -206,6 +206,14 @@ class BatchLoader(DataLoader):
         "The first batch, read by this process."
         return self._prepared(self.collate_fn(self.dataset[next(iter(self._index_sampler))]))
 
+    def take_over(
+        self,
+        other: "BatchLoader",  # of the same images
+    ):
+        "Give this loader what was set on another one after its creation."
+        for name in ("images_in_order", "device", "spec", "classes"):
+            setattr(self, name, getattr(other, name, None))
+
     def to(
         self,
         device,  # where `prepare` puts a batch; the Learner moves the batches of data sets without it

@@ -269,7 +269,7 @@ def _missing_data(dataset: str) -> str | None:
 def _runnable(rows: list[Row], dataset: str | None, backbone: str | None, regime: str) -> list[Row]:
     reasons = {row: why_not_runnable(row, dataset, backbone) or _missing_data(dataset or row.dataset) for row in rows}
     for row in [row for row in rows if regime == "frozen" and not reasons[row]]:
-        if hasattr(create_loss(row.recipe["loss"], num_classes=100, embedding_size=2), "network"):
+        if create_loss(row.recipe["loss"], num_classes=100, embedding_size=2).network:
             reasons[row] = "its loss trains several embeddings inside the network: use --regime finetune"
     runnable = [row for row in rows if not reasons[row]]
     for row in rows if runnable else []:

@@ -253,7 +253,7 @@ def check_settings(
         raise ValueError(f"per_class draws batches by labels, which {settings['loss']} must not read: leave it out.")
     name, params = current_loss(settings["loss"], params)
     loss = create_loss(name, num_classes=num_classes, embedding_size=2, **params)
-    if getattr(loss, "network", None) and settings["regime"] == "frozen":
+    if loss.network and settings["regime"] == "frozen":
         raise ValueError(
             f"{name} trains several embeddings inside the network, which cached features lack: use --regime finetune."
         )

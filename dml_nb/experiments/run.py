@@ -91,11 +91,14 @@ class Run:
         settings: dict,  # from `settings_for`
         seed: int,  # of initialisation, batches and augmentation
         folder: str | Path,  # receives the checkpoint and the results
+        data: RetrievalData | None = None,  # None: that of the settings
     ):
         check_seed(seed)
         self.row, self.seed, self.folder = row_of(row), seed, Path(folder)
         self.settings = settings
         self.seconds, self.started = {}, perf_counter()
+        if data is not None:
+            self.data = data
 
     @cached_property
     def data(self) -> RetrievalData:
@@ -173,7 +176,7 @@ def _finetune(self: Run) -> tuple[nn.Module, object]:  # model, loaders
     parts = s["backbone"], s["embedding_size"], s["pool"], pretrained, s["layer_norm"], s["frozen_bn"]
     model = create_embedder(*parts, image_size=s.get("image_size"), image_resize=s.get("image_resize"))
     with torch.random.fork_rng(devices=[]):  # the loss of the training is created later
-        network = getattr(self._loss(), "network", None)
+        network = self._loss().network
     if network:  # a loss over several embeddings names the network that gives them
         model = create_network(embedder=model, **network)
     processes = 1 if process_rank() else int(os.environ.get("DML_NB_PROCESSES", 1))  # the others divide by themselves
@@ -184,21 +187,24 @@ def _finetune(self: Run) -> tuple[nn.Module, object]:  # model, loaders
 
 # %% ../../nbs/70_experiments/05_run.ipynb #cecacf41
 @patch
+def new_learner(
+    self: Run,
+) -> DMLLearner:  # before the first step
+    "The Learner of the run, without its folder."
+    s = self.settings
+    torch.manual_seed(self.seed)
+    model, dls = self._frozen() if s["regime"] == "frozen" else self._finetune()
+    return dml_learner(dls, model, self._loss(), **{name: s[name] for name in LEARNER_SETTINGS if name in s})
+
+
+@patch
 def learner(
     self: Run,
 ) -> DMLLearner:  # ready to fit, in the state of `checkpoint.pt` if there is one
     "The Learner of the run."
-    s = self.settings
     if not process_rank():
         self.lock_folder()
-    torch.manual_seed(self.seed)
-    model, dls = self._frozen() if s["regime"] == "frozen" else self._finetune()
-    learn = dml_learner(
-        dls,
-        model,
-        self._loss(),
-        **{name: s[name] for name in LEARNER_SETTINGS if name in s},
-    )
+    learn = self.new_learner()
     resume(learn, self.folder / "checkpoint.pt", self.key)
     return learn
 

@@ -11,14 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..data.loaders import usable_cpus
 from ..data.samplers import default_batch_size
 from ..data.unlabelled import load_unlabelled
-from .recipes import LEARNER_SETTINGS, settings_for
+from .recipes import settings_for
+from .run import Run
 from .tables import row_of
-from ..losses import create_loss
-from ..models.embedder import Embedder, create_embedder
-from ..training.learner import dml_learner, image_dls
+from ..models.embedder import Embedder
 
 # %% ../../nbs/70_experiments/18_unlabelled_training.ipynb #71800009
 def unlabelled_settings(
@@ -44,15 +42,9 @@ def train_unlabelled(
     "Train a network on pictures without labels."
     data = load_unlabelled(folder)
     s = unlabelled_settings(len(data.train), folder, backbone, **overrides)
-    torch.manual_seed(seed)
-    parts = s["embedding_size"], s["pool"], backbone != "small_cnn", s["layer_norm"], s["frozen_bn"]
-    model = create_embedder(backbone, *parts, image_size=s.get("image_size"), image_resize=s.get("image_resize"))
-    crop = {name: s[name] for name in ("train_crop", "resize_first", "crop_scale") if name in s}
-    dls = image_dls(data, model.spec, s["batch_size"], seed, workers=usable_cpus(), **crop)
-    loss = create_loss(s["loss"], embedding_size=s["embedding_size"], **s["params"])
-    learn = dml_learner(dls, model, loss, **{name: s[name] for name in LEARNER_SETTINGS if name in s})
+    learn = Run("own/stml", s, seed, Path(), data).new_learner()  # nothing is written
     with learn.no_logging():  # there is no metric to log
         learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"])
     facts = dict(name=data.name, verdict="trained without labels; nothing was measured", kept="trained", loss=s["loss"])
     facts |= dict(settings=s, seed=seed, epochs=s["epochs"], train_images=len(data.train), data_checksum=data.checksum)
-    return model.cpu().eval(), facts
+    return learn.model.cpu().eval(), facts

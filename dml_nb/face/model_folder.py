@@ -72,10 +72,8 @@ def save_model(
     **facts,  # what else a user should know, as JSON: loss, settings, classes, metrics, ...
 ) -> Path:  # the folder
     "Write a network as a model folder."
-    folder, state = (
-        Path(folder),
-        {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-    )
+    folder = Path(folder)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = save(state)
     info = dict(format=FORMAT, dml_nb=version("dml_nb"), sha256=sha256(content).hexdigest())
     info |= describe_network(model, backbone) | dict(weights_licence=weights_licence(backbone)) | facts

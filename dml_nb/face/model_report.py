@@ -17,6 +17,7 @@ from ..data import load_dataset
 from ..data.image_sets import ImageSet
 from .image_index import on_device
 from .model_folder import load_model
+from .own_images import all_images, is_divided
 from ..models import why_no_weights
 from ..models.embedder import Embedder, create_backbone
 from ..models.features import embed
@@ -67,11 +68,9 @@ def measured_images(
 ) -> ImageSet:  # all images; the test images of a named data set or of a CSV file with a column `split`
     "The images on which a model is measured."
     data = load_dataset(source, on_corrupt="skip")
-    if data.test.is_query is not None or not (Path(source).is_dir() or Path(source).is_file()):
+    if data.test.is_query is not None or is_divided(source) or not Path(source).exists():
         return data.test
-    labels = torch.cat([data.train.labels, data.test.labels + len(data.train.classes)])
-    paths = [*data.train.paths, *data.test.paths]
-    return ImageSet(data.name, labels, data.train.classes + data.test.classes, paths)
+    return all_images(data)
 
 # %% ../../nbs/80_face/08_model_report.ipynb #b800000e
 def _measure(model: nn.Module, spec, images: ImageSet) -> tuple[Tensor, pd.DataFrame]:

@@ -39,7 +39,7 @@ def _find(index: Path, images: list[Path], k: int, device: str | None, quiet: bo
     "The index, and its nearest images for each query."
     with progress_to_stderr(quiet) as say:
         choose_device(device)
-        from dml_nb.face import image_search  # its methods
+        import dml_nb.face.image_search  # noqa: F401, its methods
         from dml_nb.face.image_index import open_index
 
         opened = open_index(index)
@@ -49,7 +49,7 @@ def _find(index: Path, images: list[Path], k: int, device: str | None, quiet: bo
             results = opened.query_by_files(images, device, k=min(k, max(1, len(opened))), **options)
         except ImportError as e:  # faiss
             raise ValueError(str(e)) from e
-    return opened, results, image_search
+    return opened, results
 
 
 @app.command("search", epilog=f"Example: dml_nb search index new.jpg -k 8 --sheet found.png. {STATUS}")
@@ -67,7 +67,7 @@ def search_command(
     quiet: Quiet = False,
 ):
     "Show the most similar images of an index."
-    opened, results, _ = _find(index, images, k, device, quiet, approximate=approximate, rerank=rerank)
+    opened, results = _find(index, images, k, device, quiet, approximate=approximate, rerank=rerank)
     if rerank and not quiet:
         typer.echo("the order is that of the re-ranking, the similarities are those before it", err=True)
     if sheet is not None:
@@ -100,8 +100,10 @@ def identify_command(
     quiet: Quiet = False,
 ):
     "Name the class of images: that of the most similar image of the index."
-    _, results, module = _find(index, images, 100, device, quiet, approximate=approximate)
-    answers = module.identify_classes(results, threshold)
+    _, results = _find(index, images, 100, device, quiet, approximate=approximate)
+    from dml_nb.face.image_search import identify_classes
+
+    answers = identify_classes(results, threshold)
     if as_json:
         found = [dict(query=str(image)) | answer for image, answer in zip(images, answers)]
         return typer.echo(json.dumps(found, ensure_ascii=False))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from ..core.checks import check_at_least, check_whole
-from ..core.parts import Parts, learner_sizes
+from ..core.parts import Parts
 from ..core.similarity import match_masks
 from .base import DMLLoss, register
 from .contrastive import ContrastiveLoss
@@ -42,8 +42,7 @@ class ABELoss(DMLLoss):
         labels: Tensor,  # (B,) class ids
     ) -> Tensor:  # scalar
         "The contrastive loss within the learners, and the divergence between them."
-        sizes = learner_sizes(embeddings.shape[1], [1] * self.learners)
-        z_nBd = Parts.unpack(embeddings, sizes).unit_stack()
+        z_nBd = Parts.unpack_evenly(embeddings, self.learners).unit_stack()
         n, B, _ = z_nBd.shape
         pos_BB, neg_BB = match_masks(labels)
         within = (z_nBd @ z_nBd.mT).flatten(0, 1)  # (n·B, B)

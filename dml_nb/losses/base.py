@@ -38,6 +38,7 @@ class DMLLoss(CountingModule):
     exact_gradient: bool = True  # False where the method stops or reverses a part of the gradient
     has_schedule: bool = False  # the value depends on the epoch
     mean_over_samples: bool = False  # a mean over samples that meet `proxies` alone: large tables are computed in tiles
+    network: dict | None = None  # arguments of `create_network`, if the loss needs a network with several embeddings
     steps_per_epoch: int | None = None  # set where the loss counts its epochs itself
     active: int | Tensor = 0  # anchors that took part in the last call
     watched_calls: int = 0  # training calls that `warn_if_unfed` has seen

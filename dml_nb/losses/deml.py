@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from ..core.checks import check_at_least, check_whole
-from ..core.parts import Parts, learner_sizes
+from ..core.parts import Parts
 from ..core.similarity import euclidean
 from .base import DMLLoss, register
 from .binomial_deviance import BinomialDevianceLoss
@@ -49,8 +49,7 @@ class DeMLLoss(DMLLoss):
         labels: Tensor,  # (B,) class ids
     ) -> Tensor:  # scalar
         "Deviance and activation of each learner, and the adversary term of each stream."
-        sizes = learner_sizes(embeddings.shape[1], [1] * self.objects * self.channels)
-        parts = Parts.unpack(embeddings, sizes)
+        parts = Parts.unpack_evenly(embeddings, self.objects * self.channels)
         value = self.adversary * self.adversaries(parts.unit_stack())
         for part in parts.embeddings:
             act = part.square().sum(1).mean() / max(part.shape[1], 1)

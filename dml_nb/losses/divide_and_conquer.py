@@ -93,10 +93,7 @@ def refresh(
     nearest: Callable | None = None,  # not used
 ):
     "Divide: cluster the training set, and give each cluster the number of the old one that shares most images."
-    if len(x_ND) < self.clusters:
-        raise ValueError(
-            f"{len(x_ND)} training images cannot form {self.clusters} clusters: lower clusters, or use more images."
-        )
+    self.check_clusters(len(x_ND))
     self.check_size(x_ND.shape[1])
     new_N = kmeans(unit(x_ND), self.clusters, self.epoch).to(self.cluster_N.device)
     if len(self.cluster_N) == len(new_N):
@@ -144,12 +141,4 @@ class ClusterSampler(TrainingSetSampler):
         return batch[: self.batch_size]
 
 
-@patch
-def sampler(
-    self: DivideAndConquerLoss,
-    plain,  # the sampler of the training loader
-    labels: Tensor,  # (N,) class ids of the training images
-    seed: int = 0,  # determines the batches together with the epoch
-) -> ClusterSampler:
-    "Batches of one cluster."
-    return ClusterSampler(plain, labels, self, seed)
+DivideAndConquerLoss.sampler_class = ClusterSampler

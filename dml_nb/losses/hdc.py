@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 from ..core.checks import check_at_least
-from ..core.parts import Parts, learner_sizes
+from ..core.parts import Parts
 from ..core.similarity import match_masks, unit
 from .base import DMLLoss, register
 
@@ -52,7 +52,7 @@ class HDCLoss(DMLLoss):
         labels: Tensor,  # (B,) class ids
     ) -> Tensor:  # scalar
         "Sum the levels; each averages over the pairs with a loss among those that it keeps."
-        parts = Parts.unpack(embeddings, learner_sizes(embeddings.shape[1], [1] * len(self.shares))).embeddings
+        parts = Parts.unpack_evenly(embeddings, len(self.shares)).embeddings
         rows, columns = torch.triu_indices(len(labels), len(labels), 1, device=labels.device)  # each pair once
         pos_P, neg_P = (mask[rows, columns] for mask in match_masks(labels))
         self.active, value = (pos_P.any() | neg_P.any()) * len(labels), embeddings.sum() * 0

@@ -134,12 +134,4 @@ class _NeighbourClasses(ClassSampler):
         return chosen
 
 
-@patch
-def sampler(
-    self: HTLLoss,
-    plain,  # the sampler of the training loader
-    labels: Tensor,  # (N,) class ids of the training images
-    seed: int = 0,  # determines the batches together with the epoch
-) -> NeighbourClassSampler:
-    "Batches of neighbouring classes."
-    return NeighbourClassSampler(plain, labels, self, seed)
+HTLLoss.sampler_class = NeighbourClassSampler

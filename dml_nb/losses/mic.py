@@ -104,9 +104,6 @@ def refresh(
     nearest: Callable | None = None,  # not used
 ):
     "Form the surrogate labels."
-    if len(x_ND) < self.clusters:
-        raise ValueError(
-            f"{len(x_ND)} training images cannot form {self.clusters} clusters: lower clusters, or use more images."
-        )
+    self.check_clusters(len(x_ND))
     found = kmeans(without_classes(x_ND, labels, self.divide), self.clusters, self.epoch)
     self.surrogate_N = found.to(self.surrogate_N.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_parameters, check_whole
-from ..core.parts import Parts, learner_sizes
+from ..core.parts import Parts
 from .base import DMLLoss, register
 from .ranked_list import RankedListLoss
 
@@ -38,7 +38,6 @@ class RankedListLevelsLoss(DMLLoss):
         labels: Tensor,  # (B,) class ids
     ) -> Tensor:  # scalar
         "The sum over the levels."
-        sizes = learner_sizes(embeddings.shape[1], [1] * self.levels)
-        values = [self.ranked_list(part, labels) for part in Parts.unpack(embeddings, sizes).embeddings]
+        values = [self.ranked_list(part, labels) for part in Parts.unpack_evenly(embeddings, self.levels).embeddings]
         self.active = self.ranked_list.active
         return torch.stack(values).sum()

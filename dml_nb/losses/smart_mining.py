@@ -151,12 +151,4 @@ class TripletSampler(TrainingSetSampler):
         return n
 
 
-@patch
-def sampler(
-    self: SmartMiningLoss,
-    plain,  # the sampler of the training loader
-    labels: Tensor,  # (N,) class ids of the training images
-    seed: int = 0,  # determines the batches together with the epoch
-) -> TripletSampler:
-    "Batches of triplets."
-    return TripletSampler(plain, labels, self, seed)
+SmartMiningLoss.sampler_class = TripletSampler

@@ -21,6 +21,7 @@ class TrainingSetLoss(DMLLoss):
 
     uses = "embeddings"  # what `refresh` gets: "embeddings", or "features" (the input of the embedding layer)
     epochs: int | None = None  # epochs of the training; None: not known
+    sampler_class: type | None = None  # a `TrainingSetSampler` with the batches of the method; None: the plain batches
 
     def __init__(
         self,
@@ -59,8 +60,18 @@ class TrainingSetLoss(DMLLoss):
         labels: Tensor,  # (N,) class ids of the training images
         seed: int = 0,  # determines the batches together with the epoch
     ):  # gives batches of indices and has `set_epoch`
-        "The batches of the method; by default the plain ones."
-        return plain
+        "The batches of the method; the plain ones if it has no `sampler_class`."
+        return plain if self.sampler_class is None else self.sampler_class(plain, labels, self, seed)
+
+    def check_clusters(
+        self,
+        images: int,  # N
+    ):
+        "Raise `ValueError` for fewer training images than `clusters`."
+        if images < self.clusters:
+            raise ValueError(
+                f"{images} training images cannot form {self.clusters} clusters: lower clusters, or use more images."
+            )
 
 # %% ../../nbs/40_losses/52_training_set_base.ipynb #52a0000b
 @patch

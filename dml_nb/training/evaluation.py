@@ -103,6 +103,7 @@ class RetrievalMetrics(Callback):
 
     order = 51  # directly after fastai's Recorder (50), whose log line is replaced
     remove_on_fetch = True  # fastai sets it aside while it fetches predictions for another callback
+    best_by: str | None = None  # the metric that decides which epoch is the best; None: Recall@K for the first K
 
     def __init__(
         self,
@@ -305,9 +306,9 @@ def compute_metrics(self: RetrievalMetrics) -> dict[str, float]:  # the same in 
 @patch(as_prop=True)
 def best(
     self: RetrievalMetrics,
-) -> dict:  # the entry of `history` with the highest Recall@K for the first K; empty before the first evaluation
-    "The earliest best epoch by the first entry of `recall_at`, usually Recall@1, from the loss's start epoch on."
-    name, start = f"R@{self.recall_at[0]}", getattr(self.loss_func, "start_epoch", 0)
+) -> dict:  # an entry of `history`; empty before the first evaluation
+    "The earliest best epoch by `best_by`, which is Recall@1 by default, from the loss's start epoch on."
+    name, start = self.best_by or f"R@{self.recall_at[0]}", getattr(self.loss_func, "start_epoch", 0)
     evaluated = [entry for entry in self.history if name in entry]
     acting = [entry for entry in evaluated if entry["epoch"] >= start]
     return max(acting or evaluated, key=lambda entry: entry[name], default={})

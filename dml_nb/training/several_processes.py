@@ -200,9 +200,8 @@ class RankLoader(BatchLoader):
     ):
         images, sampler = whole.dataset.dataset, RankSampler(whole.sampler, rank, world)
         super().__init__(images, sampler, whole.dataset.seed, whole.num_workers, shuffled=True)
-        self.whole = whole
-        for name in ("position", "images_in_order", "device", "spec", "classes"):
-            setattr(self, name, getattr(whole, name, None))
+        self.whole, self.position = whole, whole.position
+        self.take_over(whole)
         self.divides_tensors = isinstance(images, TensorSet)
         if self.divides_tensors:
             self.collate_fn = lambda batch: tuple(rank_part(rows, sampler.rank, sampler.world) for rows in batch)

@@ -69,8 +69,7 @@ def with_sampler(
     "The same data loaders with other batches."
     old, copied = dls.train, copy(dls)
     new = BatchLoader(old.dataset.dataset, sampler, old.dataset.seed, old.num_workers, shuffled=True)
-    for name in ("images_in_order", "device", "spec", "classes"):
-        setattr(new, name, getattr(old, name, None))
+    new.take_over(old)
     copied.loaders = [new, *dls.loaders[1:]]
     return copied
 
