@@ -676,9 +676,9 @@ def test_a_file_given_as_data_is_called_a_file(shell, tmp_path):
 def test_rows_whose_data_are_missing_are_left_out_of_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DML_NB_DATA", str(tmp_path))
     rows = [row_of("own/circle"), row_of("002-II/cub-cp-pa-k-3")]
-    assert batch._runnable(rows, None, None) == rows[:1]
+    assert batch._runnable(rows, None, None, "finetune") == rows[:1]
     assert "left out: 002-II/cub-cp-pa-k-3: cub is not on this machine: `dml_nb data cub`" in capsys.readouterr().out
-    assert batch._runnable(rows[1:], None, None) == rows[1:] and capsys.readouterr().out == ""
+    assert batch._runnable(rows[1:], None, None, "finetune") == rows[1:] and capsys.readouterr().out == ""
 
 
 def test_memvir_of_a_table_keeps_its_bound_at_the_size_of_sop_and_its_record_is_true():
