@@ -278,6 +278,8 @@ def main():
     parser.add_argument("--deterministic", action="store_true", help="the Learner allows deterministic algorithms only")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the CSV file")
     args = parser.parse_args()
+    if args.skip < 1:
+        parser.error(f"--skip must be at least 1, got {args.skip}: the first step prepares memory and workers.")
     torch.set_num_threads(usable_cpus())
     print(f"{hardware()}, {args.workers} workers, torch {torch.__version__}")
     print(f"{args.backbone}, {args.loss}, batches of {args.batch} images of {args.data} at {args.size} pixels")

@@ -136,9 +136,12 @@ def test_no_row_without_labels_draws_batches_by_class():
 @pytest.mark.parametrize("loss", WITHOUT_LABELS)
 def test_batches_by_class_are_refused_without_labels(loss):
     row, where = row_of(f"own/{slug(loss)}"), dict(dataset="glyphs", backbone="small_cnn", batch_size=100)
-    with pytest.raises(ValueError, match=f"per_class draws batches by labels, which {loss} must not read"):
+    with pytest.raises(ValueError, match=f"per_class concerns labels, which {loss} must not read"):
         settings_for(row, **where, per_class=5)
     assert "per_class" not in settings_for(row, **where, per_class=None)
+    for name, value in dict(noise="20%", shots=4).items():
+        with pytest.raises(ValueError, match=f"{name} concerns labels"):
+            settings_for(row, **where, **{name: value})
 
 
 def test_a_training_on_unlabelled_pictures_uses_each_setting(tmp_path):

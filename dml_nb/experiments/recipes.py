@@ -249,8 +249,9 @@ def check_settings(
     if per_class and batch % per_class:
         remedy = "choose another, or --set per_class=null for random batches."
         raise ValueError(f"batch_size {batch} is not a multiple of per_class {per_class}: {remedy}")
-    if per_class and settings["loss"] in load_recipes()["without_labels"]:
-        raise ValueError(f"per_class draws batches by labels, which {settings['loss']} must not read: leave it out.")
+    by_labels = [name for name in ("per_class", "noise", "shots") if settings.get(name)]
+    if by_labels and settings["loss"] in load_recipes()["without_labels"]:
+        raise ValueError(f"{by_labels[0]} concerns labels, which {settings['loss']} must not read: leave it out.")
     name, params = current_loss(settings["loss"], params)
     loss = create_loss(name, num_classes=num_classes, embedding_size=2, **params)
     if loss.network and settings["regime"] == "frozen":
