@@ -39,6 +39,7 @@ class DMLLoss(CountingModule):
     has_schedule: bool = False  # the value depends on the epoch
     mean_over_samples: bool = False  # a mean over samples that meet `proxies` alone: large tables are computed in tiles
     network: dict | None = None  # arguments of `create_network`, if the loss needs a network with several embeddings
+    needs_teacher: bool = False  # the loss compares the network with a slow copy of it
     steps_per_epoch: int | None = None  # set where the loss counts its epochs itself
     active: int | Tensor = 0  # anchors that took part in the last call
     watched_calls: int = 0  # training calls that `warn_if_unfed` has seen
@@ -248,6 +249,11 @@ class WeightedSum(DMLLoss):
     ):
         super().__init__()
         check_at_least(**{f"the weight of {name!r}": (weight, 0) for name, weight in weights.items()})
+        for name, loss in losses.items():
+            if getattr(loss, "network", None) or getattr(loss, "needs_teacher", False):
+                raise ValueError(
+                    f"{name!r} cannot be a part of a weighted sum, which trains a plain network: use it alone."
+                )
         self.losses, self.weights = nn.ModuleDict(losses), dict(weights)
         self.normalised = all(getattr(loss, "normalised", True) for loss in losses.values())
         self.exact_gradient = all(getattr(loss, "exact_gradient", True) for loss in losses.values())
@@ -332,9 +338,7 @@ def create_loss(
     if isinstance(name, str):
         return _create_one(name, sizes, preset, **params)
     if not isinstance(name, dict):
-        raise ValueError(
-            f"the name of a loss is a string, or {{name: weight}} for a weighted sum, got a {type(name).__name__}."
-        )
+        raise ValueError(f"the name of a loss is a string, or {{name: weight}} for a sum, got a {type(name).__name__}.")
     if not name:
         raise ValueError("a weighted sum needs at least one loss: pass {name: weight}.")
     if preset is not None:

@@ -63,6 +63,7 @@ def embedding_layer(
 class MomentumTeacherLoss(TrainingSetLoss):
     "Base class of the losses whose targets come from a slow copy of the network."
 
+    needs_teacher = True
     exact_gradient = False  # without a teacher, the loss takes the embeddings themselves as constant targets
 
     def __init__(
