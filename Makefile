@@ -4,6 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 RUNS := .venv/.installed-for-runs
 TOOLS := .venv/.installed-tools
+SITE_TOOLS := .venv/.installed-site-tools
 TIMES := .venv/notebook-times.txt
 
 .PHONY: quickstart test format reproduce gpu lab export docs clean
@@ -16,6 +17,10 @@ $(RUNS): settings.ini setup.py pyproject.toml constraints.txt
 
 $(TOOLS): $(RUNS)
 	$(INSTALL) ".[dev]"
+	touch $@
+
+$(SITE_TOOLS): $(TOOLS)
+	$(INSTALL) ".[docs]"
 	touch $@
 
 quickstart: $(RUNS) ## fine-tune a pretrained network on photographs of products with two methods, and compare them
@@ -51,7 +56,7 @@ export: $(TOOLS) ## write modules and README from the notebooks
 	$(BIN)/nbdev-clean
 	$(BIN)/python tests/check_notebooks.py --write-readme
 
-docs: $(TOOLS) ## the notebooks as a web site in _docs, with a check of its links
+docs: $(SITE_TOOLS) ## the notebooks as a web site in _docs, with a check of its links; it needs no network
 	$(BIN)/python tests/make_docs.py
 
 clean: ## remove everything that can be made again

@@ -28,7 +28,7 @@ def checksums() -> dict[str, str]:
     return {str(path.relative_to(ROOT)): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _only_output(cell):
+def only_output(cell):
     "The Markdown that a cell displays, in place of the cell."
     shown = [output.data["text/markdown"] for output in cell.outputs if "text/markdown" in output.get("data", {})]
     return nbformat.v4.new_markdown_cell("\n\n".join(shown))
@@ -39,7 +39,7 @@ def readme() -> str:
     notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
     notebook.metadata.language_info = {"name": "python"}
     notebook.cells = [
-        _only_output(cell) if cell.source.startswith("#| echo: false") else cell for cell in notebook.cells
+        only_output(cell) if cell.source.startswith("#| echo: false") else cell for cell in notebook.cells
     ]
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     return text.replace("](../", "](").strip() + "\n"

@@ -1,5 +1,6 @@
 "The command line as a new user meets it: wrong names, values, folders and locales; every remedy in a message works."
 
+import json
 import os
 import re
 import shlex
@@ -302,3 +303,120 @@ def test_ctrl_c_is_quiet(shell, monkeypatch, args):
     ):
         monkeypatch.setattr(place, interrupt)
     assert shell(*args, status=130) == ""
+
+
+# what every command shares
+
+
+@pytest.fixture
+def invoke(shell):
+    "Every command inside the test process; standard output and standard error stay apart."
+    from typer.testing import CliRunner
+
+    from dml_nb.face.search_cli import app
+
+    return lambda *args, **options: CliRunner().invoke(app, [str(arg) for arg in args], **options)
+
+
+def test_every_help_has_an_example_and_the_exit_status(invoke):
+    from dml_nb.face.search_cli import app
+
+    names = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert {"rows", "run", "train", "search"} <= {*names}
+    for name in [None, *names]:
+        text = " ".join(invoke(*([name] if name else []), "--help").stdout.split())
+        assert f"dml_nb {name or 'train photos'}" in text and "Exit status: 0 done, 1 an error" in text, name
+
+
+@pytest.mark.parametrize("args", [["--help"], ["rows", "nope"], ["nope"]])
+def test_without_colours_output_is_plain(dml_nb, args):
+    "Even if another variable asks for colours, as some continuous integration does."
+    environment = dml_nb.environment | dict(NO_COLOR="1", FORCE_COLOR="1", PY_COLORS="1", TERM="xterm-256color")
+    done = subprocess.run([dml_nb.command, *args], env=environment, capture_output=True)
+    assert (done.stdout or done.stderr) and b"\x1b" not in done.stdout + done.stderr
+
+
+def test_commands_start_in_less_than_a_second(dml_nb):
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "--unlabelled" in dml_nb("train", "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("rows 002-II", ["002-II", "002-III"]),
+        ("run 002-II/cub-cp-pa-k-3", ["002-II/cub-cp-pa-k-3"]),
+        ("recipe proxy_an", ["proxy_anchor"]),
+        ("data gly", ["glyphs"]),
+        ("tune MS --backbone small", ["small_cnn"]),
+        ("report 002-II", ["002-II", "002-III"]),
+        ("ru", ["run"]),
+    ],
+)
+def test_the_shell_completes_names(invoke, words, expected):
+    words = f"dml_nb {words}"
+    asked = dict(_DML_NB_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+    assert invoke(env=asked, prog_name="dml_nb").stdout.split() == expected
+
+
+def test_json_is_the_only_output_and_has_what_the_text_says(invoke, glyph_folder):
+    def answer(*args):
+        done = invoke(*args, "--json")
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    listed = answer("rows", "II")
+    assert len(listed) == 20 and listed[0]["claimed"].keys() >= {"R@1"} and listed[0]["can_run"] in (True, False)
+    assert [row["id"] for row in answer("rows", "002-II/cub-cp-pa-k-3")] == ["002-II/cub-cp-pa-k-3"]
+    assert "softtriple" in answer("recipe")
+    values = answer("recipe", "own/circle", "--dataset", "glyphs", "--backbone", "small_cnn", "--set", "epochs=3")
+    assert values["epochs"] == dict(value=3, source="asked for", guess=False)
+    assert answer("data", glyph_folder)["train classes"] == 6
+    ours = answer("report", "--runs", Path(__file__).parents[1] / "runs" / "000-T6", "--out", "out")
+    assert len(ours["rows"]) > 1 and all(Path(path).is_file() for path in ours["written"])
+
+
+def test_progress_of_a_run_goes_to_stderr(invoke, monkeypatch):
+    def run_rows(*args, **settings):
+        print("one row is running")
+        return [Path("runs/a")], []
+
+    monkeypatch.setattr(batch, "run_rows", run_rows)
+    shown, quiet, as_json = invoke(*RUN), invoke(*RUN, "--quiet"), invoke(*RUN, "--json")
+    assert shown.stderr == as_json.stderr == "one row is running\n" and quiet.stderr == ""
+    assert shown.stdout == quiet.stdout == "No run has finished.\n"
+    assert json.loads(as_json.stdout) == dict(done=["runs/a"], failed=[])
+
+
+def test_an_interrupted_training_without_labels_continues(invoke, glyph_folder, monkeypatch):
+    from dml_nb.face.model_folder import TRAINING, load_model
+    from dml_nb.training.checkpoint import Checkpoint
+
+    def train(out, status=0):
+        settings = [
+            f"--set={setting}" for setting in ("epochs=3", "embedding_size=8", "batch_size=6", "second_size=12")
+        ]
+        done = invoke(
+            "train", glyph_folder / "a", "--unlabelled", "--backbone", "small_cnn", *settings, "-o", out, "--json"
+        )
+        assert done.exit_code == status, (done.output, done.exception)
+        return done
+
+    def stop(self):
+        saved(self)
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+
+    whole, saved = json.loads(train("whole").stdout), Checkpoint.after_epoch
+    assert whole == dict(verdict=whole["verdict"], kept="trained", metrics={}, model="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "after_epoch", stop)
+        assert "the same command continues" in train("stopped", 130).stderr
+    assert os.listdir("stopped") == [TRAINING]
+    train("stopped")
+    assert sorted(os.listdir("stopped")) == ["model.json", "model.safetensors"]
+    one, other = (load_model(folder).state_dict() for folder in ("whole", "stopped"))
+    assert all(value.equal(other[name]) for name, value in one.items())

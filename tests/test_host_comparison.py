@@ -9,7 +9,7 @@ import torch
 from dml_nb.experiments.results import load_results, settings_with_defaults
 from dml_nb.losses import create_loss
 
-RUNS = Path(__file__).parents[1] / "runs/host_comparison"
+RUNS = Path(__file__).parents[1] / "runs"
 OFF = dict(center_weight=0.0, calib_lambda=0.0, start_epoch=0)
 HOSTS = [  # CP with both parts off, and the host that it must equal
     ("cp_proxy_anchor", dict(proxies_per_class=1), "proxy_anchor", dict(proxies_per_class=1)),
@@ -40,10 +40,12 @@ def test_without_its_parts_cp_is_its_host(cp, cp_params, host, host_params):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not RUNS.is_dir(), reason="runs/host_comparison is not part of this checkout")
-def test_the_stored_comparison_varies_cp_alone():
+@pytest.mark.parametrize("folder", ["host_comparison", "host_comparison_glyphs"])
+def test_the_stored_comparison_varies_cp_alone(folder):
+    if not (RUNS / folder).is_dir():
+        pytest.skip(f"runs/{folder} is not part of this checkout")
     varied, families = {"center_weight", "calib_lambda", "center"}, {}
-    for result in load_results(RUNS):
+    for result in load_results(RUNS / folder):
         settings = settings_with_defaults(result["settings"])
         key = settings["loss"], settings["proxies_per_class"], settings["noise"]
         families.setdefault(key, []).append(({k: v for k, v in settings.items() if k not in varied}, result["seed"]))
@@ -52,7 +54,7 @@ def test_the_stored_comparison_varies_cp_alone():
         assert all(settings == runs[0][0] for settings, _ in runs), key
 
 
-TUNED, TRIALS = RUNS.parent / "host_tuned", RUNS.parent / "search/host_tuned"
+TUNED, TRIALS = RUNS / "host_tuned", RUNS / "search/host_tuned"
 FAMILIES = dict(cp_proxy_anchor="pa", cp_proxy_nca="nca", cp_softtriple="st")
 
 

@@ -129,6 +129,7 @@ def _set_root(index: Path, root: Path):
         (["train", "letters", "-o", "model", *SMALL, "--seed", "1"], 1, "holds a model of other images or settings"),
         (["train", "letters", "--backbone", "nope"], 1, "unknown backbone 'nope'"),
         (["train", "letters", "-o", "new", *SMALL[:3], "epochs=0"], 1, "epochs must be at least 1"),
+        (["train", "letters", "-o", "new", *SMALL[:3], "batch_size=0"], 1, "batch_size must be at least 1"),
         (["train", "letters", "--device", "gpu"], 1, "--device must be cpu or cuda, got 'gpu'"),
         (["train", "letters", "--device", "cuda"], 1, "no GPU that PyTorch can use: leave out --device cuda"),
         (["embed", "nope", "letters"], 1, "there is no model folder nope"),
@@ -137,7 +138,7 @@ def _set_root(index: Path, root: Path):
         (["embed", "newer", "letters"], 1, "in format 99, and dml_nb"),
         (["embed", "model", "/nope"], 1, "folder /nope does not exist"),
         (["embed", "model", "empty", "-o", "new"], 1, "empty holds no images"),
-        (["embed", "model", "letters", "-o", "one"], 1, "one holds other files: choose a new folder with -o"),
+        (["embed", "model", "letters", "-o", "one"], 1, "one holds other files: choose another folder"),
         (["embed", "wide", "letters"], 1, "built with another embedding size 32, not 64"),
         (["embed", "other", "letters"], 1, "the index index was built with another model: choose another folder"),
         (["embed", "model", "one"], 1, "was built with another gallery"),
@@ -189,6 +190,84 @@ def test_add_and_remove_by_name(own, work):
     assert "156 images of 13 classes" in own("add", "index", "letters/a", "--class", "again")
 
 
+def test_two_open_indexes_lose_nothing(work):
+    "Each writer reads again what the other one has written."
+    from dml_nb.face.image_index import open_index
+
+    copytree("letters/a", "new")
+    names = [path.name for path in sorted(Path("new").iterdir())]
+    first, second = open_index("index"), open_index("index")
+    first.add([f"new/{names[0]}"])
+    second.add([f"new/{names[1]}"])
+    first.remove(["a"])
+    second.add([f"new/{names[2]}"])
+    index = open_index("index")
+    assert {Path(name).name for name, label in zip(index.names, index.labels) if label == "new"} == {*names[:3]}
+    assert "a" not in index.labels and len(index) == 144 - 12 + 3
+    assert abs(index.embeddings).sum(1).min() > 0
+    second.remove([index.names[-1], "b"])
+    assert len(open_index("index")) == len(second) == 144 - 12 + 3 - 13
+
+
+def test_an_image_that_is_named_twice_is_added_once_with_the_class_of_its_list(work):
+    from dml_nb.face.image_index import open_index
+
+    copytree("letters/a", "new")
+    one, two, *_ = sorted(path.name for path in Path("new").iterdir())
+    index = open_index("index")
+    index.add(["new", f"new/{one}"])
+    assert len(index) == len({*index.names}) == 144 + 12
+    index.remove([Path("new").absolute().as_posix()])
+    Path("more.csv").write_text(f"path,label\nnew/{one},shoe\nnew/{one},shoe\nnew/{two},hat\n", encoding="utf-8")
+    index.add(["more.csv"])
+    assert index.labels[144:] == ["shoe", "hat"]
+    index.add([f"new/{one}"], label="other")
+    assert len(open_index("index")) == 146
+
+
+def test_an_index_is_not_complete_while_new_images_are_embedded(work, monkeypatch):
+    from dml_nb.face import image_index
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    copytree("letters/a", "letters/new")
+    assert image_index.open_index("index").info["complete"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(image_index, "embed_files", stop)
+        image_index.embed_gallery("model", "letters", "index")
+    assert not image_index.open_index("index").info["complete"]
+    image_index.embed_gallery("model", "letters", "index")
+    assert image_index.open_index("index").info["complete"]
+
+
+@pytest.mark.parametrize("part, name, value", [("architecture", "pool", "max"), ("input", "mean", [0.1])])
+def test_an_index_belongs_to_one_pooling_and_one_input(work, part, name, value):
+    "These have no weights, so the hash of the weights alone would not tell two such networks apart."
+    from dml_nb.face.image_index import embed_gallery, open_index
+
+    facts = json.loads(Path("model/model.json").read_text(encoding="utf-8"))
+    assert facts[part][name] != value
+    facts[part][name] = value
+    Path("model/model.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ValueError, match="was built with another model"):
+        embed_gallery("model", "letters", "index")
+    Path("index/model/model.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ValueError, match="was built by another model than the one in it"):
+        open_index("index").load_network()
+
+
+def test_an_index_of_format_1_stays_valid(work):
+    "Its `model` is the hash of the weights alone; the rest is read from the model folder in the index."
+    from dml_nb.face.image_index import embed_gallery, open_index
+
+    facts, old = (json.loads(Path(f).read_text(encoding="utf-8")) for f in ("model/model.json", "index/index.json"))
+    Path("index/index.json").write_text(json.dumps(old | dict(format=1, model=facts["sha256"])), encoding="utf-8")
+    open_index("index").load_network()
+    assert len(embed_gallery("model", "letters", "index")[0]) == 144
+    assert json.loads(Path("index/index.json").read_text(encoding="utf-8"))["format"] == 2
+
+
 def test_search_draws_a_sheet_also_of_a_gallery_that_was_moved(own, work):
     from PIL import Image
 
@@ -207,9 +286,25 @@ def test_evaluation_shows_metrics_classes_confusions_and_threshold(own, work):
     report = json.loads(own("eval", "model", "letters", "--json", "--quiet"))
     assert {"R@1", "MAP@R", "MRR"} <= {line["metric"] for line in report["metrics"]}
     assert all(line["low"] <= line["value"] <= line["high"] for line in report["metrics"])
-    assert report["threshold"]["FAR"] <= 0.01 and 0 < report["threshold"]["TAR"] <= 1
+    assert report["threshold"]["FPIR"] <= 0.01 and 0 < report["threshold"]["TPIR"] <= 1
     text = own("eval", "model", "letters", "--unseen", "--far", "0.1")
     assert "images of 4 classes" in text and "worst classes" in text and "no baseline: small_cnn" in text
+
+
+def test_a_network_whose_embeddings_are_all_equal_has_no_threshold(own, work):
+    import torch
+
+    from dml_nb import load_model
+    from dml_nb.face.model_folder import save_model
+
+    model = load_model("model")
+    with torch.no_grad():
+        model.head.linear.weight.zero_()
+        model.head.linear.bias.fill_(1)
+    save_model(model, "collapsed", "small_cnn")
+    report = json.loads(own("eval", "collapsed", "letters", "--json", "--quiet"))
+    assert report["threshold"]["threshold"] is None
+    assert "no threshold" in own("eval", "collapsed", "letters", "--quiet")
 
 
 def test_a_full_disk_is_one_sentence_and_the_command_continues(own, work, monkeypatch):
@@ -266,13 +361,15 @@ def test_a_killed_training_ends_as_one_without_interruption(dml_nb, glyph_folder
     assert verdicts[0] == verdicts[1]
 
 
-def test_training_that_does_not_help_keeps_the_untrained_network(own, work, monkeypatch):
+def test_training_that_does_not_help_keeps_the_network_before_training(own, work, monkeypatch):
     from dml_nb.face import train_folder
 
     real = train_folder.verdict
     monkeypatch.setattr(train_folder, "verdict", lambda untrained, trained: real(trained, untrained))
     output = own("train", "letters", "-o", "new", *SMALL)
-    assert "Training did not help" in output and "holds the untrained network" in output
+    assert "holds the network before training" in output
+    card = Path("new/card.md").read_text(encoding="utf-8")
+    assert "holds the **network before training**" in card and "learned from none of them" in card
     from dml_nb import load_model
 
     model = load_model("new")

@@ -13,8 +13,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable
 
-from tqdm import tqdm
-
 # %% ../../nbs/10_core/06_files.ipynb #3237bb4e
 def data_root(
     root: str | Path | None = None,  # a folder; None: `DML_NB_DATA`, else ~/.cache/dml_nb/data
@@ -81,6 +79,8 @@ def once_per_file(
     answers, states = _stored_answers(store), {path: _state(path) for path in paths}
     todo = [path for path, state in states.items() if state is None or answers.get(path, [None])[0] != state]
     if todo:
+        from tqdm.auto import tqdm  # not at the top, because every command would wait for it
+
         with ThreadPool() as pool:
             results = pool.imap(compute, todo)
             bar = tqdm(results, doing, len(todo), unit="file", delay=2, leave=False)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.files import cache_root, content_hashes, write_atomically
 from .image_sets import ImageSet

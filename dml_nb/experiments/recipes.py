@@ -278,7 +278,7 @@ def _where_to_run(row: Row, dataset: str | None, backbone: str | None, regime: s
             raise ValueError(f"--{option} is empty: give a name, or leave out --{option} to use the row's own.")
     if dataset and is_own_data(dataset) and not is_own_data_here(dataset):
         raise ValueError(str(no_dataset(dataset)))
-    if backbone and backbone not in list_backbones():
+    if backbone and not backbone.startswith("timm/") and backbone not in list_backbones():
         raise unknown("backbone", backbone, list_backbones())
     if why := why_not_runnable(row, dataset, backbone):
         raise ValueError(f"the row {row.id} cannot run here: {why}. `dml_nb rows` lists the rows that can.")

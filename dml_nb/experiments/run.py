@@ -320,7 +320,8 @@ def measure_untrained(
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or damaged
-    features = cached_features(settings["backbone"], data.test, pool=settings["pool"])
+    random = settings["backbone"] == "small_cnn"  # it has no pretrained weights
+    features = cached_features(settings["backbone"], data.test, pool=settings["pool"], allow_random=random)
     metrics = evaluate(
         *split_by_role(features, data.test.labels, data.test.is_query),
         recall_at=tuple(settings["recall_at"]),

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..core.renamed import LOSSES
 from ..data import list_datasets
 from ..models import why_no_weights
-from ..models.weights import TORCHVISION_WEIGHTS
+from ..models.weights import TIMM, TORCHVISION_WEIGHTS
 
 # %% ../../nbs/70_experiments/00_tables.ipynb #486af305
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def why_not_runnable(
         return f"the method {row.method!r} is not built yet{_missing_part(row.method)}"
     if dataset not in list_datasets() and not is_own_data_here(dataset):
         return f"the data set {dataset!r} is not available"
-    if backbone not in backbone_names():
+    if backbone not in backbone_names() and not backbone.startswith(TIMM):
         return f"the backbone {backbone!r} is not available"
 
 # %% ../../nbs/70_experiments/00_tables.ipynb #9b4eda92

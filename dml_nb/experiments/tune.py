@@ -234,9 +234,9 @@ def search_rows(
     backbone: str,  # as in `search_row`
     regime: str = "frozen",  # as in `search_row`
     **common,  # further settings of all trials
-):
-    "Search each loss once, and print the command that trains with its best setting."
-    rows = rows_to_search(rows)
+) -> list[dict]:  # for each loss: method, R@1 on held-out classes, best settings, and the command that trains with them
+    "Search each loss once."
+    rows, found = rows_to_search(rows), []
     check_setting_names(rows, common, regime)
     plans = {row: plan_search(row, dataset, backbone, regime, **common)[1] for row in rows}  # raises an error early
     for row, plan in plans.items():
@@ -245,5 +245,6 @@ def search_rows(
         except KeyboardInterrupt:
             print("interrupted; the same command continues after the last finished trial", flush=True)
             raise
-        print(f"{row.method}: R@1 {100 * trials['R@1'].max():.1f} on held-out classes. To train with this setting:")
-        print(f"  {run_command(row, **plan, **best)}", flush=True)
+        result = dict(method=row.method, loss=row.recipe["loss"], settings=best)
+        found.append(result | {"R@1": float(trials["R@1"].max()), "command": run_command(row, **plan, **best)})
+    return found

@@ -37,14 +37,20 @@ def train_unlabelled(
     folder: str | Path,  # a flat folder of pictures
     backbone: str = "efficientnet_lite0",  # a pretrained network; "small_cnn" starts from random weights
     seed: int = 0,  # of initialisation, batches and augmentation
+    checkpoints: str | Path | None = None,  # folder of the checkpoint of an interrupted training; None: write nothing
     **overrides,  # any setting or parameter of the loss, given by hand
 ) -> tuple[Embedder, dict]:  # the network after the last epoch, and facts for `save_model`
-    "Train a network on pictures without labels."
+    "Train a network on pictures without labels, from the checkpoint if there is one."
     data = load_unlabelled(folder)
     s = unlabelled_settings(len(data.train), folder, backbone, **overrides)
-    learn = Run("own/stml", s, seed, Path(), data).new_learner()  # nothing is written
+    run = Run("own/stml", s | dict(data_checksum=data.checksum), seed, checkpoints or Path(), data)
+    learn = run.learner() if checkpoints else run.new_learner()
     with learn.no_logging():  # there is no metric to log
-        learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"])
+        if checkpoints:
+            run.train(learn)
+            run.lock.release()
+        else:
+            learn.fit_schedule(s["epochs"], s["schedule"], s["step_epochs"], s["gamma"])
     facts = dict(name=data.name, verdict="trained without labels; nothing was measured", kept="trained", loss=s["loss"])
     facts |= dict(settings=s, seed=seed, epochs=s["epochs"], train_images=len(data.train), data_checksum=data.checksum)
     return learn.model.cpu().eval(), facts

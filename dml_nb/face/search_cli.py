@@ -136,7 +136,7 @@ def eval_command(
     source: Annotated[
         str, typer.Argument(help="Folder of class folders, CSV file (path,label), or name of a data set.")
     ],
-    far: Annotated[float, typer.Option(help="Wanted false-accept rate; 1 % is 0.01.")] = 0.01,
+    far: Annotated[float, typer.Option(help="Share of images of unknown classes that may get a class.")] = 0.01,
     unseen: Annotated[bool, typer.Option("--unseen", help="Leave out classes that the model was trained on.")] = False,
     baseline: Annotated[bool, typer.Option(help="Also measure the untrained network.")] = True,
     worst: Annotated[int, typer.Option(help="Number of classes and confusions to show.", min=0)] = 5,
@@ -169,8 +169,12 @@ def eval_command(
     rows += [[c["class"], c["taken for"], str(c["images"])] for c in report["confusions"][:worst]]
     typer.echo(f"\n{table_text(rows)}")
     t = report["threshold"]
-    rates = f"{100 * t['FAR']:.2g} % of the pairs of different classes and {percent(t['TAR'])} % of the others"
-    typer.echo(f"\nthreshold {t['threshold']:.4f}: it accepts {rates}")
+    if t["threshold"] is not None:  # else a note says why
+        typer.echo(
+            f"\nthreshold {t['threshold']:.4f} for `dml_nb identify` in a gallery of this kind and size: "
+            f"{100 * t['FPIR']:.2g} % of the images of unknown classes get a class (FPIR), "
+            f"{percent(t['TPIR'])} % of the images of known classes get the right one (TPIR)"
+        )
     for note in report["notes"]:
         typer.echo(note)
 

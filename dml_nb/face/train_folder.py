@@ -20,7 +20,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.files import write_atomically
 from ..core.similarity import unit
@@ -92,7 +92,7 @@ class ShowProgress(Callback):
 
     def before_train(self):
         what = f"epoch {self.epoch + 1} of {self.n_epoch}"
-        self.bar = tqdm(total=len(self.dls.train), desc=what, unit="step", delay=3, leave=False, disable=None)
+        self.bar = tqdm(total=len(self.dls.train), desc=what, unit="step", delay=3, leave=False)
 
     def after_batch(self):
         if self.training:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.checks import unknown
 from ..core.files import cache_root, content_hashes, write_atomically
@@ -119,13 +119,16 @@ def feature_metadata(
     dtype: str,  # precision of the computation
 ) -> dict[str, str]:  # name -> value
     "Everything that cached features depend on."
+    stated = asdict(spec)
+    if spec.interpolation == "bilinear":
+        del stated["interpolation"]  # so that features stored before there was a choice keep their name
     metadata = dict(
         backbone=name,
         weights=weights_hash(net),
         images=images_hash(dataset),
         count=len(dataset),
         dtype=dtype,
-        **asdict(spec),
+        **stated,
     )
     return {k: str(v) for k, v in metadata.items()}
 
@@ -133,7 +136,7 @@ def feature_metadata(
 def _file(folder: Path, metadata: dict[str, str]) -> Path:
     "Where features with this metadata are stored."
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
-    name = f"{metadata['backbone']}-{metadata['crop']}-{metadata['dtype']}-{digest}.safetensors"
+    name = f"{metadata['backbone'].replace('/', '-')}-{metadata['crop']}-{metadata['dtype']}-{digest}.safetensors"
     return Path(folder) / "features" / name
 
 # %% ../../nbs/30_models/05_features.ipynb #f6d87d9d
@@ -176,13 +179,13 @@ def _read(file: Path, metadata: dict[str, str], kinds: list[str]) -> dict[str, T
     warnings.warn(f"{file} is damaged ({damage}): its features are computed again.", stacklevel=3)
 
 # %% ../../nbs/30_models/05_features.ipynb #c5cac64b
-def _backbone(name: str, allow_random: bool) -> nn.Module:
+def _backbone(name: str, allow_random: bool, spec: InputSpec | None = None) -> nn.Module:
     "The pretrained backbone, or one with random weights from seed 0."
     if not allow_random:
-        return create_backbone(name)
+        return create_backbone(name, input_spec=spec)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return create_backbone(name, pretrained=False)
+        return create_backbone(name, pretrained=False, input_spec=spec)
 
 # %% ../../nbs/30_models/05_features.ipynb #0111ed38
 class _AvgMax(nn.Module):
@@ -193,7 +196,7 @@ class _AvgMax(nn.Module):
 
 # %% ../../nbs/30_models/05_features.ipynb #da8fea63
 def cached_features(
-    backbone: str,  # one of `list_backbones()`
+    backbone: str,  # one of `list_backbones()`, or "timm/NAME"
     dataset: ImageSet,  # N images without transform
     pool: str = "avg",  # "avg", "max" or "avg+max"
     spec: InputSpec | None = None,  # input of the backbone; None: its own spec
@@ -207,7 +210,7 @@ def cached_features(
     "Features of a frozen backbone, computed once and stored in a file."
     if pool not in POOLS:
         raise unknown("pool", pool, POOLS)
-    net = _backbone(backbone, allow_random)
+    net = _backbone(backbone, allow_random, spec)
     spec = spec or net.spec
     metadata, kinds = feature_metadata(net, backbone, dataset, spec, dtype), pool.split("+")
     file = _file(cache or cache_root(), metadata)

@@ -12,7 +12,7 @@ from typing import Iterator
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.checks import unknown
 from dml_nb.retrieval.exact_scores import (

@@ -228,7 +228,8 @@ def _sets_of_photographs(data, spec, train_crop, storage, resize_first, crop_sca
     if storage == "memory_map" and spec.channels == 1:
         train_side = test_side = None  # colours are removed before images are reduced
     train, test = _stored(data.train, storage, train_side, spec), _stored(data.test, storage, test_side, spec)
-    first = [v2.Resize(spec.resize)] if resize_first and storage != "device" else []
+    resize = v2.Resize(spec.resize, v2.InterpolationMode(spec.interpolation))
+    first = [resize] if resize_first and storage != "device" else []
     return _with_bytes(train, spec, random_crop, first), *(_with_bytes(x, spec, centre_crop) for x in (train, test))
 
 
@@ -248,6 +249,10 @@ def image_dls(
     "DataLoaders of images (regime `finetune`)."
     if storage not in STORAGES:
         raise unknown("storage", storage, STORAGES)
+    if storage != "files" and spec.interpolation != "bilinear":
+        raise ValueError(
+            f"the storage {storage} resizes with the bilinear filter, not {spec.interpolation}: use files."
+        )
     pixels = data.train.array
     in_memory = pixels is not None and pixels.shape[1:] == (spec.crop, spec.crop) and spec.channels == 1
     if in_memory:
