@@ -662,6 +662,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'dml_nb/experiments/plots.py'),
                                           'dml_nb.experiments.plots._bar_panels': ( '70_experiments/plots.html#_bar_panels',
                                                                                     'dml_nb/experiments/plots.py'),
+                                          'dml_nb.experiments.plots._best_methods': ( '70_experiments/plots.html#_best_methods',
+                                                                                      'dml_nb/experiments/plots.py'),
                                           'dml_nb.experiments.plots._claimed_noise': ( '70_experiments/plots.html#_claimed_noise',
                                                                                        'dml_nb/experiments/plots.py'),
                                           'dml_nb.experiments.plots._draw_bars': ( '70_experiments/plots.html#_draw_bars',

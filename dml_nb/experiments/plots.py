@@ -106,20 +106,23 @@ def _limit_to_means(ax: Axes, means: pd.Series):
     ax.set_ylim(max(low, means.min() - margin), min(high, means.max() + margin))
 
 
-def _draw_lines(ax: Axes, part: pd.DataFrame, x: str, title: str, max_lines: int, markers: bool):
+def _best_methods(part: pd.DataFrame, max_lines: int) -> list[str]:
+    "The methods of a panel with the highest means, best first."
+    return list(part.groupby("method").value.mean().nlargest(max_lines).index)
+
+
+def _draw_lines(ax: Axes, part: pd.DataFrame, x: str, title: str, best: list[str], colors: dict, markers: bool):
     "One panel: a line with its interval for each of the best methods."
     ax.set_title(plain_text(title), fontsize=9)
     if part.empty:
         return
-    means = part.groupby("method").value.mean()
-    best = list(means.nlargest(max_lines).index)
-    part = part[part.method.isin(best)]
-    hue = dict(hue="method", hue_order=best, style="method", style_order=best, palette="tab10")
+    methods, part = part.method.nunique(), part[part.method.isin(best)]
+    hue = dict(hue="method", hue_order=best, style="method", style_order=best, palette=colors)
     band = dict(errorbar=interval_bounds, err_kws=dict(alpha=0.15))
     sns.lineplot(part, x=x, y="value", dashes=False, markers=markers, ax=ax, **hue, **band)
     _limit_to_means(ax, part.groupby(["method", x]).value.mean())
-    if len(means) > len(best):
-        ax.set_title(f"{plain_text(title)}\nthe {len(best)} best of {len(means)} methods", fontsize=9)
+    if methods > len(best):
+        ax.set_title(f"{plain_text(title)}\nthe {len(best)} best of {methods} methods", fontsize=9)
     ax.grid(alpha=0.3)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
 
@@ -127,12 +130,15 @@ def _draw_lines(ax: Axes, part: pd.DataFrame, x: str, title: str, max_lines: int
 def _plot_lines(
     frame: pd.DataFrame, x: str, xlabel: str, ylabel: str, max_lines: int = 10, markers: bool = True
 ) -> Figure:
-    "A panel for each block, a line with its 95 % interval for each method."
+    "A panel for each block, a line with its 95 % interval for each method, which has one colour in all panels."
     frame = frame.dropna(subset="value").assign(method=lambda f: f.method.map(plain_text))
     blocks = sorted(frame.block.unique()) or ["no run has a value"]
+    best = {block: _best_methods(frame[frame.block == block], max_lines) for block in blocks}
+    shown = sorted({method for methods in best.values() for method in methods})
+    colors = dict(zip(shown, sns.color_palette("tab10" if len(shown) <= 10 else "tab20", len(shown))))
     fig, axes = _panel_grid([3.3] * len(blocks))
     for ax, block in zip(axes, blocks):
-        _draw_lines(ax, frame[frame.block == block], x, block, max_lines, markers)
+        _draw_lines(ax, frame[frame.block == block], x, block, best[block], colors, markers)
         ax.set(xlabel=plain_text(xlabel), ylabel=plain_text(ylabel))
     fig.tight_layout()
     return fig
