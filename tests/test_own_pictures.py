@@ -13,6 +13,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree
+from types import SimpleNamespace
 
 import pytest
 
@@ -412,3 +413,32 @@ def test_photographs_of_products(own):
     query = next(Path("photos", photos.classes[0]).iterdir())
     (found,) = json.loads(own("search", "index", query, "--json", "--quiet"))
     assert found["results"][0]["class"] in photos.classes[:8] and query.name not in found["results"][0]["name"]
+
+
+def test_the_written_network_has_the_layer_norm_that_was_trained(trained, tmp_path):
+    import torch
+
+    from dml_nb.face.model_folder import describe_network
+    from dml_nb.face.own_images import own_data, own_settings
+    from dml_nb.face.train_folder import OwnRun
+    from dml_nb.models.embedder import EmbeddingHead
+
+    source = str(trained / "letters")
+    data = own_data(source, 0)
+    run = OwnRun(data, own_settings(data, source, "small_cnn", True, epochs=1, layer_norm=True), 0, tmp_path / "model")
+    head = EmbeddingHead(run.channels, run.settings["embedding_size"], layer_norm=True)  # as with fixed features
+    network, features = run.network(SimpleNamespace(model=head)), torch.randn(4, run.channels)
+    torch.testing.assert_close(network.head(features), head(features))
+    assert describe_network(network)["architecture"]["layer_norm"]
+
+
+@pytest.mark.parametrize("options", [dict(normalise=False), dict(bias=False)])
+def test_a_head_that_a_model_folder_cannot_hold_is_refused(options, tmp_path):
+    from dml_nb.face.model_folder import save_model
+    from dml_nb.models.embedder import EmbeddingHead, create_embedder
+
+    model = create_embedder("small_cnn", 8, pretrained=False)
+    model.head = EmbeddingHead(model.head.linear.in_features, 8, **options)
+    with pytest.raises(ValueError, match="has a bias and normalises, and this one differs"):
+        save_model(model, tmp_path / "model", "small_cnn")
+    assert not (tmp_path / "model").exists()

@@ -36,6 +36,11 @@ def describe_network(
     backbone: str | None = None,  # the name with which the backbone was created; None: as the backbone says
 ) -> dict:  # "architecture" and "input", as in `model.json`
     "Everything but the weights that is needed to build a network again."
+    if not model.head.normalise or model.head.linear.bias is None:
+        raise ValueError(
+            "a model folder holds an embedding layer that has a bias and normalises, and this one differs: "
+            "use EmbeddingHead(in_features, embedding_size)."
+        )
     return dict(
         architecture=dict(
             backbone=backbone or model.backbone.name,
@@ -111,7 +116,7 @@ def read_facts(
     try:
         info = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         written, by = int(info["format"]), str(info["dml_nb"])
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{folder / FACTS} is damaged ({e!r}): copy the folder again.") from None
     if written > FORMAT:
         raise ValueError(
@@ -158,7 +163,7 @@ def load_model(
             )
         model = _network(info, backbone)
         model.load_state_dict(load(content))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError) as e:
         why = " ".join(str(e).split("\n\t")[:2])  # PyTorch names one wrong tensor in each line
         raise ValueError(f"{folder} does not describe a network that can be built: {why}") from None
     model.info = info
@@ -190,11 +195,11 @@ def _read_input(path, transform) -> Tensor | str:
 
 @torch.inference_mode()
 def embed_files(
-    model: nn.Module,  # images -> (B, D), with the attribute `spec`
+    model: nn.Module,  # in `eval` mode: images -> (B, D); has the attribute `spec`
     paths: list,  # N image files
     block: int = 64,  # files per block
 ) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:  # positions (n,), embeddings (n, D), position -> reason
-    "Embed image files; for each block the positions and embeddings of readable files, and the others with a reason."
+    "Embed image files. Each block gives the positions and embeddings of readable files, and why others are not."
     transform, device = image_transform(model.spec), next(model.parameters()).device
     starts = range(0, len(paths), block)
     with ThreadPool(usable_cpus()) as pool:

@@ -10,6 +10,7 @@ __all__ = ['Device', 'prepare_command', 'choose_device', 'percent', 'table_text'
 import os
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -155,13 +156,13 @@ def train_command(
     if as_json:
         return typer.echo(json_text({name: info[name] for name in ("verdict", "kept", "metrics")} | dict(model=out)))
     if unlabelled:
-        return typer.echo(f"{info['verdict']}\nnext:    dml_nb embed {out} {source} -o index")
+        return typer.echo(f"{info['verdict']}\nnext:    dml_nb embed {quote(str(out))} {quote(source)} -o index")
     rows = [["percent", "untrained", "trained", "difference (95 % interval)"]]
     for metric, (change, low, high) in metrics["difference"].items():
         values = [percent(metrics[which][metric]) for which in ("untrained", "trained")]
         rows.append([metric, *values, f"{100 * change:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"])
     typer.echo(f"{table_text(rows)}\n\n{info['verdict']}\n")
-    typer.echo(f"written: {out / 'card.md'}\nnext:    dml_nb embed {out} {source} -o index")
+    typer.echo(f"written: {out / 'card.md'}\nnext:    dml_nb embed {quote(str(out))} {quote(source)} -o index")
 
 # %% ../../nbs/80_face/10_own_pictures_cli.ipynb #ba00000e
 def _report_index(index, skipped: dict, as_json: bool):
@@ -198,7 +199,7 @@ def embed_command(
             raise
     _report_index(index, skipped, as_json)
     if not as_json:
-        typer.echo(f"next:    dml_nb search {out} IMAGE")
+        typer.echo(f"next:    dml_nb search {quote(str(out))} IMAGE")
 
 
 @app.command(

@@ -124,8 +124,8 @@ class OwnRun(Run):
         self.is_random = settings["backbone"] == "small_cnn"
         with torch.random.fork_rng(devices=[]):
             net = create_backbone(settings["backbone"], pretrained=False)
-        size = settings.get("image_size")
-        self.channels, self.spec = net.out_channels, net.spec.resized(size) if size else net.spec
+        size, resize = settings.get("image_size") or net.spec.crop, settings.get("image_resize")
+        self.channels, self.spec = net.out_channels, net.spec.resized(size, resize)
         settings["embedding_size"] = min(settings["embedding_size"], self.channels)
 
     def untrained_features(
@@ -187,8 +187,9 @@ def network(
         return learn.model.cpu()
     s, size = self.settings, self.channels if learn is None else self.settings["embedding_size"]
     torch.manual_seed(0)  # a random backbone is the one of `cached_features`
-    model = create_embedder(s["backbone"], size, s["pool"], not self.is_random, frozen_bn=s["frozen_bn"])
-    model.spec = self.spec
+    layer_norm = s["layer_norm"] and learn is not None  # features as they are need none
+    parts = s["backbone"], size, s["pool"], not self.is_random, layer_norm, s["frozen_bn"]
+    model = create_embedder(*parts, image_size=s.get("image_size"), image_resize=s.get("image_resize"))
     if learn is None:
         start_at_features(model.head, torch.zeros(1, size))
     else:

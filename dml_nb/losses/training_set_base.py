@@ -151,11 +151,11 @@ def refresh_cost(
     batches = len(x_ND) / batch_size
     seconds = {name: batches * each for name, each in median_times(dict(embed=embed, step=step)).items()}
     refresh = median_times(dict(refresh=lambda: loss.refresh(x_ND, labels, kmeans, nearest)), rounds=1)["refresh"]
-    share = (seconds["embed"] + refresh) / loss.refresh_every / seconds["step"]
+    look = (seconds["embed"] + refresh) / loss.refresh_every  # seconds per epoch
     return {
         "images": len(x_ND),
         "embedding (s)": seconds["embed"],
         "refresh (s)": refresh,
         "steps of an epoch (s)": seconds["step"],
-        "share": share,
+        "share": look / (look + seconds["step"]),
     }

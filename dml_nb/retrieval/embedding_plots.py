@@ -46,6 +46,8 @@ def plot_similarities(
 ) -> Figure:  # the figure of the axes
     "Histograms of the cosines of positive and negative pairs, each with area 1."
     counts = pair_counts(embeddings, labels)
+    if not counts.sum(1).all():
+        raise ValueError("a histogram needs pairs of the same class and of different classes: pass more images.")
     cosine = torch.linspace(-1, 1, counts.shape[1])
     if ax is None:
         _, ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")
@@ -95,7 +97,7 @@ def plot_confusion(
     table = confusion_table(queries, count)
     if table.empty:
         raise ValueError("no class is confused with another: the nearest image of every query has its class.")
-    text = [plain_text(shorten(names[c] if names else c, 22)) for c in table.index]
+    text = [plain_text(shorten(c if names is None else names[c], 22)) for c in table.index]
     fig, ax = plt.subplots(figsize=(2.6 + 0.42 * len(text), 1.9 + 0.32 * len(text)), layout="constrained")
     percent = 100 * table.set_axis(text).set_axis([*text, "others"], axis=1)
     notes = percent.map(lambda share: f"{share:.0f}" if share >= 0.5 else "")

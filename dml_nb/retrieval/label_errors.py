@@ -49,14 +49,16 @@ def plot_label_errors(
     columns: int = 4,  # pairs side by side
     size: float = 1.0,  # width of an image in inches
 ) -> Figure:  # pairs: the image with its label, and the nearest image of the suggested label
-    "The most doubtful labels (red), each beside the nearest image of the label that the neighbours suggest (green)."
+    "The most doubtful labels (red if the neighbours suggest another), each beside the nearest image of that label."
     shown = found.head(count)
+    if shown.empty:
+        raise ValueError("the table names no image: pass the one from find_label_errors(embeddings, labels).")
     lines = -(-len(shown) // columns)
     fig = plt.figure(figsize=(2.15 * size * columns, 1.3 * size * lines), layout="constrained")
     for pair, line in zip(fig.subfigures(lines, columns, squeeze=False).flat, shown.itertuples()):
         left, right = pair.subplots(1, 2)
         for ax, i, label, is_right in (
-            (left, line.Index, line.label, False),
+            (left, line.Index, line.label, line.label == line.suggested),
             (right, line.nearest, line.suggested, True),
         ):
             title = plain_text(shorten(images.classes[label], round(14 * size))) + ("" if is_right else " ✗")

@@ -164,8 +164,8 @@ def plot_tsne(
         stars = frame[frame.kind == "proxy"]
         sns.scatterplot(stars, **common, s=170, marker="*", edgecolor="black", linewidth=0.7)
     ax.set(xticks=[], yticks=[], xlabel="", ylabel="")
-    names = names or getattr(images, "classes", None)
-    if names and len(number) <= len(COLORS):
+    names = getattr(images, "classes", None) if names is None else names
+    if names is not None and len(number) <= len(COLORS):
         entries = [
             ax.scatter([], [], color=palette[i], label=plain_text(shorten(names[c], 24))) for c, i in number.items()
         ]
