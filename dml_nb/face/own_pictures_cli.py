@@ -239,5 +239,6 @@ def remove_command(
         from dml_nb.face.image_index import open_index
 
         opened = open_index(index)
-        say(f"{opened.remove(names):,} images removed")
+        removed = opened.remove(names)
+        say(f"{removed:,} images removed")
     _report_index(opened, {}, as_json)

@@ -69,7 +69,7 @@ def search_command(
     "Show the most similar images of an index."
     opened, results = _find(index, images, k, device, quiet, approximate=approximate, rerank=rerank)
     if rerank and not quiet:
-        typer.echo("the order is that of the re-ranking, the similarities are those before it", err=True)
+        typer.echo("the images are in re-ranked order; the similarity is the cosine, so it need not decrease", err=True)
     if sheet is not None:
         from dml_nb.core.files import write_atomically
 

@@ -170,7 +170,7 @@ def fit_own(
     if torch.cuda.is_available() and precision_of(learn) == "float32":
         learn.to_bf16()
     with learn.no_bar(), learn.no_logging():
-        if not stop.must_stop():  # a training that was killed after its last epoch
+        if not stop.must_stop():  # it must, if a training was killed after its last epoch
             self.train(learn)
     state = load_file(self.folder / "best.safetensors")  # from `Checkpoint`
     learn.model.load_state_dict({name: value for name, value in state.items() if not name.startswith("loss.")})
@@ -266,13 +266,14 @@ def train_own(
     finetune = finetune or backbone == "small_cnn"
     run = OwnRun(data, own_settings(data, source, backbone, finetune, **overrides), seed, folder)
     if info := _finished(folder, run):
+        shutil.rmtree(run.folder, ignore_errors=True)  # left behind by a kill at the very end
         say(f"{folder} is finished already.")
         return info
     trained, held = data.train, data.test
     counts = f"{len(trained):,} images of {len(trained.classes):,} classes to train on"
     say(f"{counts}, {len(held):,} images of {len(held.classes):,} other classes to measure the result on")
     run.lock_folder()
-    say(f"computing what {backbone} sees before any training, which takes most of the time ...")
+    say(f"computing the features of {backbone} before any training ...")
     with redirect_stdout(sys.stderr), explain_full_disk(folder):
         untrained = run.evaluate(run.untrained_features(held))
         learn = run.fit_own(say, untrained["MAP@R"].mean())
