@@ -94,7 +94,7 @@ def test_pages_load_nothing_from_elsewhere_and_link_to_places_that_exist(made, t
     pytest.importorskip("mkdocs_jupyter", reason="the extra `docs` is not installed")
     navigation, site = write_pages(*made), tmp_path / "site"
     code = f"from make_docs import *; build(Path({str(made[1])!r}), Path({str(site)!r}), {navigation!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, encoding="utf-8")
     assert not done.returncode, done.stderr
     assert dead_links(site) == []
     page = (site / "20_data" / "03_folders.html").read_text(encoding="utf-8")

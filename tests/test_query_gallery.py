@@ -45,7 +45,7 @@ def own_csv(glyph_folder, tmp_path) -> Path:
 def pixel_features(monkeypatch):
     "The pixels of an image, with noise that makes retrieval imperfect, in place of the features of a backbone."
 
-    def features(backbone, images, pool):
+    def features(backbone, images, pool, allow_random=False):
         pixels = torch.stack([torch.tensor(list(images.image(i).convert("L").getdata())) for i in range(len(images))])
         return pixels / 255 + 2 * torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
 

@@ -68,7 +68,7 @@ def _bytes(kind: str) -> bytes:
     if kind == "pixels":
         return _png(Image.new("1", (20_000, 20_000)))
     return dict(
-        text=b"no picture", nothing=b"", svg=b"<svg xmlns='http://www.w3.org/2000/svg'/>", large=bytes(21 << 20)
+        words=b"no picture", nothing=b"", svg=b"<svg xmlns='http://www.w3.org/2000/svg'/>", large=bytes(21 << 20)
     )[kind]
 
 
@@ -82,7 +82,7 @@ def _png(image: Image.Image) -> bytes:
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("text", "not an image of the types JPEG"),
+        ("words", "not an image of the types JPEG"),
         ("nothing", "not an image of the types JPEG"),
         ("svg", "not an image of the types JPEG"),
         ("half", "The image is damaged"),
@@ -284,7 +284,7 @@ SERVER = """if True:
 def served(gallery, tmp_path_factory):
     "One process with the page of an empty index and the command for the other one: addresses, process and its folder."
     home = tmp_path_factory.mktemp("served")
-    with open(home / "errors", "w") as errors:
+    with open(home / "errors", "w", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", SERVER, "app", gallery / "index", "--device", "cpu", gallery / "empty"],
             stdout=subprocess.PIPE,
@@ -399,7 +399,7 @@ def test_names_are_text(visit, gallery):
 @in_browser
 def test_files_that_are_no_images(visit, gallery, tmp_path):
     tab = visit("index", "Drop an image")
-    for kind, message in (("text", "not an image of the types"), ("half", "The image is damaged")):
+    for kind, message in (("words", "not an image of the types"), ("half", "The image is damaged")):
         (tmp_path / "image.jpg").write_bytes(_bytes(kind))
         tab.set_input_files("input[type=file]", tmp_path / "image.jpg")
         _says(tab, message)
