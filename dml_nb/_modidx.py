@@ -420,6 +420,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders.TensorSet.__len__': ( '20_data/loaders.html#tensorset.__len__',
                                                                                 'dml_nb/data/loaders.py'),
+                                     'dml_nb.data.loaders._end_workers': ('20_data/loaders.html#_end_workers', 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders._exit_with_parent': ( '20_data/loaders.html#_exit_with_parent',
                                                                                 'dml_nb/data/loaders.py'),
                                      'dml_nb.data.loaders._prepare_of': ('20_data/loaders.html#_prepare_of', 'dml_nb/data/loaders.py'),

@@ -103,7 +103,7 @@ def test_pages_load_nothing_from_elsewhere_and_link_to_places_that_exist(made, t
     assert all((site / "assets" / name).is_file() for name in ("mathjax/tex-chtml-full.js", "notebook.css"))
     (site / "20_data" / "index.html").unlink()
     (site / "index.html").write_text(
-        '<a href="20_data/03_folders.html#b"></a><script src="https://a.org/b.js"></script>'
+        '<a href="20_data/03_folders.html#b"></a><script src="https://a.org/b.js"></script>', encoding="utf-8"
     )
     assert {"index.html: 20_data/03_folders.html#b", "index.html: https://a.org/b.js"} < set(dead_links(site))
 

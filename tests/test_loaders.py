@@ -1,6 +1,7 @@
 "Loaders: workers that persist, epochs that continue in the middle, and the number of processes."
 
 import copy
+import gc
 import os
 import signal
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
+from dml_nb.data import loaders
 from dml_nb.data.folders import load_folder
-from dml_nb.data.loaders import eval_loader, set_epoch, train_loader, usable_cpus
+from dml_nb.data.loaders import TensorSet, eval_loader, set_epoch, train_loader, usable_cpus
 from dml_nb.data.samplers import BalancedSampler, ClassSampler, EpochSampler, HardClassSampler, RankSampler
 from dml_nb.models.input_spec import IMAGENET, image_transform
 from dml_nb.training.batches import image_dls
@@ -206,3 +208,16 @@ def test_the_crops_of_stored_runs_stay_the_same(photos):
         set_epoch(loader, 3)
     for (x, _), (y, _) in zip(now, before, strict=True):
         assert torch.equal(x, y)
+
+
+def test_workers_of_a_loader_that_the_garbage_collector_finds_are_ended(monkeypatch):
+    ended, end_workers = [], loaders._end_workers
+    monkeypatch.setattr(loaders, "_end_workers", lambda *args: (ended.extend(args[0]), end_workers(*args)))
+    loader = train_loader(TensorSet(torch.zeros(8, 3), torch.arange(8) % 2), 4, workers=2)
+    for _ in range(2):  # the second epoch has the same workers
+        next(iter(loader))
+    cycle = [loader]
+    cycle.append(cycle)
+    del loader, cycle
+    gc.collect()
+    assert len(ended) == 2 and not any(worker.is_alive() for worker in ended)

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from threading import Thread
+from weakref import finalize
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,13 @@ def _exit_with_parent(worker_id):
     Thread(target=watch, daemon=True).start()
 
 
+def _end_workers(workers, owner: int):
+    "End worker processes. PyTorch alone waits five seconds for each one that the garbage collector finds."
+    if os.getpid() == owner:  # a worker has inherited the loaders of its parent
+        for worker in workers:
+            worker.terminate()
+
+
 def _without_labels(batch):
     return batch[:1]
 
@@ -187,7 +195,10 @@ class BatchLoader(DataLoader):
         return NumberedDraws(self.sampler, self.position)
 
     def __iter__(self):
+        is_new = self._iterator is None
         self.running = super().__iter__()
+        if self.num_workers and is_new:
+            finalize(self.running, _end_workers, self.running._workers, os.getpid())
         return self.running if _prepare_of(self.dataset.dataset) is None else map(self._prepared, self.running)
 
     def __getstate__(self):
