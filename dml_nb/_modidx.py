@@ -1374,6 +1374,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'dml_nb/face/model_folder.py'),
                                           'dml_nb.face.model_folder._read_input': ( '80_face/model_folder.html#_read_input',
                                                                                     'dml_nb/face/model_folder.py'),
+                                          'dml_nb.face.model_folder.check_ratio': ( '80_face/model_folder.html#check_ratio',
+                                                                                    'dml_nb/face/model_folder.py'),
                                           'dml_nb.face.model_folder.describe_network': ( '80_face/model_folder.html#describe_network',
                                                                                          'dml_nb/face/model_folder.py'),
                                           'dml_nb.face.model_folder.embed_files': ( '80_face/model_folder.html#embed_files',

@@ -442,3 +442,23 @@ def test_a_head_that_a_model_folder_cannot_hold_is_refused(options, tmp_path):
     with pytest.raises(ValueError, match="has a bias and normalises, and this one differs"):
         save_model(model, tmp_path / "model", "small_cnn")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_very_long_image_is_skipped_with_its_reason(tmp_path):
+    from PIL import Image
+
+    from dml_nb.face.model_folder import embed_files
+    from dml_nb.models.embedder import create_embedder
+
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "thin.png")
+    model = create_embedder("small_cnn", 8, pretrained=False).eval()
+    ((positions, _, reasons),) = embed_files(model, [tmp_path / "thin.png"])
+    assert positions == [] and "more than 20 times as long as wide" in reasons[0]
+
+
+@pytest.mark.parametrize("value", [0, "abc"])
+def test_a_wrong_batch_size_without_labels_is_one_sentence(value, tmp_path):
+    from dml_nb.experiments.unlabelled_training import unlabelled_settings
+
+    with pytest.raises(ValueError, match="batch_size must be"):
+        unlabelled_settings(100, tmp_path, "small_cnn", batch_size=value)

@@ -65,6 +65,8 @@ def _bytes(kind: str) -> bytes:
     if kind == "half":
         whole = _png(Image.effect_noise((64, 64), 80))
         return whole[: len(whole) // 2]
+    if kind == "thin":
+        return _png(Image.new("1", (1, 20_000)))
     if kind == "pixels":
         return _png(Image.new("1", (20_000, 20_000)))
     return dict(
@@ -87,6 +89,7 @@ def _png(image: Image.Image) -> bytes:
         ("svg", "not an image of the types JPEG"),
         ("half", "The image is damaged"),
         ("pixels", "more than 50 million pixels"),
+        ("thin", "more than 20 times as long as wide"),
         ("large", "The file has 21 MB, and 20 are allowed"),
     ],
 )

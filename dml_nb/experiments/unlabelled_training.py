@@ -13,7 +13,7 @@ import torch
 
 from ..data.samplers import default_batch_size
 from ..data.unlabelled import load_unlabelled
-from .recipes import settings_for
+from .recipes import check_setting_types, settings_for
 from .run import Run
 from .tables import row_of
 from ..models.embedder import Embedder
@@ -26,6 +26,7 @@ def unlabelled_settings(
     **overrides,  # any setting or parameter of the loss, given by hand
 ) -> dict:  # as `Run` has them
     "Settings for pictures without labels."
+    check_setting_types(overrides)
     batch_size = overrides.get("batch_size", default_batch_size(torch.zeros(images)))
     steps = max(1, images // batch_size)
     chosen = dict(batch_size=batch_size, epochs=max(8, ceil(200 / steps))) | {"loss.momentum": 0.9}

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..data.image_files import open_image, to_rgb
 from .image_index import ImageIndex, on_device, open_index
 from .image_search import identify_classes
+from .model_folder import check_ratio
 from ..models.input_spec import image_transform
 
 # %% ../../nbs/80_face/12_search_page.ipynb #bc000008
@@ -49,9 +50,10 @@ def read_upload(
     if pixels > MAX_MEGAPIXELS * 1e6:
         raise ValueError(f"The image has more than {MAX_MEGAPIXELS} million pixels: choose a smaller one.")
     try:
-        return open_image(path)
+        image = open_image(path)
     except Exception as e:
         raise ValueError(f"The image is damaged ({e}): choose another.") from None
+    return check_ratio(image)
 
 # %% ../../nbs/80_face/12_search_page.ipynb #bc00000c
 @dataclass
