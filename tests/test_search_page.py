@@ -467,3 +467,10 @@ def test_a_port_in_use_is_one_sentence(shell, gallery, monkeypatch):
         port = busy.getsockname()[1]
         output = shell("app", gallery / "index", "--port", port, status=1)
     assert f"the page cannot listen on 127.0.0.1, port {port}: choose another with --port" in output
+
+
+def test_a_host_without_an_address_is_one_sentence():
+    from dml_nb.face.app_cli import start_page
+
+    with pytest.raises(ValueError, match="nonsense.invalid is no address of this machine"):
+        start_page(None, "nonsense.invalid")

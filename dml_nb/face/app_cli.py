@@ -9,6 +9,7 @@ __all__ = ['CSS', 'says', 'build_page', 'start_page', 'app_command']
 import html
 import os
 import signal
+import socket
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -136,7 +137,12 @@ def start_page(
     "Serve the search page in the background."
     os.environ |= dict(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read when gradio is imported
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)  # files that would be given to everybody
-    os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
+    outside = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = ",".join(filter(None, [outside, "127.0.0.1,localhost", host]))
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as e:
+        raise ValueError(f"{host} is no address of this machine ({e.strerror}): choose another with --host.") from None
     import gradio as gr
 
     from dml_nb.face.search_page import MAX_MEGABYTES
