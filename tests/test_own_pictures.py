@@ -280,7 +280,7 @@ def test_search_draws_a_sheet_also_of_a_gallery_that_was_moved(own, work):
     if find_spec("faiss"):
         exact, found = (own("search", "index", query, "--quiet", how) for how in ("--exact", "--approximate"))
         assert exact == found
-    assert "order is that of the re-ranking" in own("search", "index", query, "--rerank")
+    assert "the images are in re-ranked order" in own("search", "index", query, "--rerank")
 
 
 def test_evaluation_shows_metrics_classes_confusions_and_threshold(own, work):
